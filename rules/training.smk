@@ -1,0 +1,51 @@
+# From scores to a tuned model.
+# in:  rounds/, scores/, neighbors/, catalog/
+# out: pairs.parquet, pairs.json, model/
+# 1. pair      hard positive and negative references, mixed and cut to size
+# 2. finetune  DeepSpeed through torchrun
+
+
+rule pair:
+    input:
+        rounds=manifest("rounds"),
+        scores_answers=manifest("scores/answers"),
+        scores_reanswers=manifest("scores/reanswers"),
+        neighbors=manifest("neighbors"),
+        answers=manifest("answers"),
+        reanswers=manifest("reanswers"),
+        catalog=manifest("catalog"),
+    output:
+        pairs=report(f"{RESULTS}/pairs.parquet", caption="report/pairs.rst", category="Training data"),
+        json=f"{RESULTS}/pairs.json",
+    log:
+        f"{RESULTS}/logs/pair/pair.log",
+    params:
+        flags=flags("pair"),
+        version=version("pair"),
+        seed=cfg.seed,
+    shell:
+        "python -m surf.pair --rounds {input.rounds} --scores-answers {input.scores_answers}"
+        " --scores-reanswers {input.scores_reanswers} --neighbors {input.neighbors} --catalog {input.catalog}"
+        " --out {output.pairs} --json {output.json} --seed {params.seed} {params.flags} >> {log} 2>&1"
+
+
+# Only model.json is declared: weights and checkpoints survive a retry, and the run goes on from the last checkpoint.
+rule finetune:
+    input:
+        f"{RESULTS}/pairs.parquet",
+    output:
+        f"{RESULTS}/model/model.json",
+    log:
+        f"{RESULTS}/logs/finetune/finetune.log",
+    threads: cfg.finetune.processes
+    resources:
+        gpu=cfg.finetune.processes,
+    params:
+        flags=flags("finetune"),
+        version=version("finetune"),
+        seed=cfg.seed,
+        processes=cfg.finetune.processes,
+    shell:
+        "export OMP_NUM_THREADS=$(( {threads} / {params.processes} > 0 ? {threads} / {params.processes} : 1 )); "
+        "torchrun --standalone --nproc-per-node {params.processes} -m surf.finetune --pairs {input} --out $(dirname {output})"
+        f" --seed {{params.seed}} {{params.flags}}{knobs('finetune')} >> {{log}} 2>&1"

@@ -1,0 +1,109 @@
+"""First answers of the frozen model to one part of `rounds`, without references.
+
+    python -m surf.answer --rounds results/rounds/part-….parquet --out results/answers/part-….parquet --quarantine … FLAGS
+
+Finished rows are saved every `answer.flush_rows` rows; a killed job goes on from there.
+"""
+
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from surf import cli, config, prompts, quarantine, store
+from surf.errors import ImageError
+from surf.images import Images
+from surf.models import Request, Responder
+from surf.shards import stable_hash
+from surf.telemetry import Clock
+
+
+def answer(
+    rounds: pa.Table,
+    responder: Responder,
+    images: Images,
+    partial: store.Partial,
+    *,
+    lvlm: config.Lvlm,
+    options: config.Answer,
+    seed: int,
+) -> tuple[pa.Table, dict[str, str]]:
+    """One response to every round whose image can be opened.
+
+    Returns:
+        (table with the columns of `answers`, rank −1, in the order of `rounds`; {round_id: error})
+    """
+    done = store.rows(partial.read())
+    finished = {row["round_id"] for row in done}
+    todo = [row for row in store.rows(rounds) if row["round_id"] not in finished]
+    errors: dict[str, str] = {}
+    for start in cli.progress(range(0, len(todo), options.flush_rows), desc="answer", unit=f"x{options.flush_rows} rounds"):
+        chunk = todo[start : start + options.flush_rows]
+        bad = unreadable(images, (row["image"] for row in chunk))
+        errors.update({row["round_id"]: bad[row["image"]] for row in chunk if row["image"] in bad})
+        chunk = [row for row in chunk if row["image"] not in bad]
+        requests = [
+            Request(prompts.from_options(row["question"], row["image"], (), lvlm), stable_hash(seed, row["round_id"], -1))
+            for row in chunk
+        ]
+        texts = responder.respond(requests, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+        golds: list[float | None] = [None] * len(chunk)
+        if options.gold_loglik:
+            golds = list(responder.loglik(requests, [row["answer"] for row in chunk]))
+        fresh = [
+            {"round_id": row["round_id"], "rank": -1, "image_id": None, "response": text, "gold_loglik": gold}
+            for row, text, gold in zip(chunk, texts, golds, strict=True)
+        ]
+        partial.save(store.table_of(fresh, "answers"))
+        done += fresh
+    place = {round_id: number for number, round_id in enumerate(rounds["round_id"].to_pylist())}
+    done.sort(key=lambda row: place[row["round_id"]])
+    return store.table_of(done, "answers"), errors
+
+
+def unreadable(images: Images, names: Iterable[str]) -> dict[str, str]:
+    """Which of the images cannot be opened, and why."""
+    errors = {}
+    for name in dict.fromkeys(names):
+        try:
+            images.open(name)
+        except ImageError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def main() -> None:
+    """Command line."""
+    args = cli.parse(
+        None,
+        prog="answer",
+        about=__doc__ or "",
+        sections=["lvlm", "answer", "images"],
+        paths=["rounds", "out", "quarantine"],
+        extras={"seed": {"type": int, "default": 0}},
+    )
+    from surf.models import lvlm
+
+    clock = Clock()
+    rounds = store.read_table(args.rounds, "rounds")
+    images = Images(args.images.roots, args.images.max_pixels, cached=256)
+    responder = lvlm.load(args.lvlm, images)
+    clock.loaded()
+    flags = config.flags(lvlm=args.lvlm, answer=args.answer)
+    version = args.answer.version
+    partial = store.Partial(args.out, "answers", flags=flags, version=version, seed=args.seed, input=store.digest(rounds))
+    result, errors = answer(rounds, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)
+    quarantine.settle(
+        args.quarantine,
+        errors,
+        dataset="answers",
+        stage="answer",
+        total=rounds.num_rows,
+        max_bad_share=args.images.max_bad_share,
+    )
+    meta = {"stage": "answer", "version": version, "flags": flags, **clock.meta(rounds.num_rows)}
+    store.write_table(args.out, result, "answers", meta)
+    partial.clear()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,91 @@
+"""Command lines of the stages: flags named like the keys of config.yaml, and paths."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from surf.config import SECTIONS, explain
+from surf.errors import SurfError
+
+log = logging.getLogger("surf")
+T = TypeVar("T")
+
+
+def parse(
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    about: str,
+    sections: Sequence[str] = (),
+    paths: Sequence[str] = (),
+    extras: dict[str, dict[str, Any]] | None = None,
+) -> argparse.Namespace:
+    """Read a stage's command line.
+
+    Args:
+        sections: names of config sections; each comes back as a frozen section object under that name.
+        paths: required path flags; each comes back as a `Path`.
+        extras: further flags, name to `add_argument` keywords.
+
+    Raises:
+        SurfError: a value does not fit its key.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m surf.{prog}", description=about, allow_abbrev=False)
+    for name in paths:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, type=Path, required=True)
+    for name, options in (extras or {}).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **options)
+    for name in sections:
+        group = parser.add_argument_group(name, SECTIONS[name].__doc__)
+        for key, field in SECTIONS[name].model_fields.items():
+            group.add_argument(f"--{name}.{key}", metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+    values = vars(parser.parse_args(argv))
+    for name in sections:
+        values[name] = _section(name, {key: values.pop(f"{name}.{key}") for key in SECTIONS[name].model_fields})
+    return argparse.Namespace(**values)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a stage: progress to stderr, a user's mistake as one paragraph and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for noisy in ("httpx", "huggingface_hub", "transformers", "root"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        main()
+    except SurfError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "row") -> Iterable[T]:
+    """Progress with rate and ETA; on a terminal twice a second, in a log file every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(items, total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
+
+
+def _section(name: str, given: dict[str, str | None]) -> Any:
+    section = SECTIONS[name]
+    values = {key: _value(text, section, key) for key, text in given.items() if text is not None}
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise SurfError(f"{name}.{explain(error)}", where="command line") from None
+
+
+def _value(text: str, section: Any, key: str) -> Any:
+    """Strings stand as they are, everything else is JSON; a field that takes both prefers JSON's null."""
+    annotation = section.model_fields[key].annotation
+    if annotation is str or (annotation == str | None and text != "null"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,387 @@
+"""The one configuration: a frozen, typed model of config.yaml.
+
+A section belongs to the stage of the same name; `version` is bumped by hand when a change of the stage's code changes its
+results, so that Snakemake reruns it. Print the JSON schema that editors use with `python -m surf.config`.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from surf.errors import SurfError
+from surf.prompts import LAYOUTS, RETRIEVAL_PROMPT, SYSTEM_PROMPT
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+# How a key reaches its stage. Keys without a role change results: they are flags, and a change reruns the stage.
+KNOB = {"role": "knob"}  # speed and places only: a flag, but a change reruns nothing
+WORKFLOW = {"role": "workflow"}  # read by the Snakefile, no flag
+
+
+class Section(BaseModel):
+    """Settings of one stage. Frozen, typed, and refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    version: ClassVar[int] = 1
+
+
+class Images(Section):
+    """Where image files are found. An image's name in the data is its path relative to one of the roots."""
+
+    roots: list[Name] = Field(
+        json_schema_extra=KNOB,
+        default=["."],
+        description="Folders, or Parquet files with columns image (string) and bytes (binary), searched in this order.",
+    )
+    max_pixels: Positive = Field(
+        json_schema_extra=KNOB, default=100_000_000, description="Larger images are refused as decompression bombs (pixels)."
+    )
+    max_bad_share: Share = Field(
+        json_schema_extra=KNOB,
+        default=0.01,
+        description="Share of unreadable images or rows in one shard above which its stage stops.",
+    )
+
+
+class Shards(Section):
+    """Number of shards. One shard is one job; aim at 20 to 60 minutes each. No result depends on these numbers."""
+
+    corpus: Positive = Field(json_schema_extra=WORKFLOW, default=1, description="Shards of catalog and embeddings.")
+    rounds: Positive = Field(
+        json_schema_extra=WORKFLOW, default=1, description="Shards of rounds, answers, neighbors, reanswers and scores."
+    )
+
+
+class Catalog(Section):
+    """The retrieval corpus: image-caption pairs."""
+
+    captions: list[Name] = Field(
+        min_length=1,
+        description="ShareGPT4V-style JSON files: a list of {image, caption} or {image, conversations}.",
+    )
+    max_caption_chars: Positive = Field(
+        default=20_000, description="Longer captions are cut at a word boundary; the cut is counted in the log."
+    )
+
+
+class Embed(Section):
+    """CLIP image embeddings, by open_clip."""
+
+    model: Name = Field(default="ViT-L-14-quickgelu", description="open_clip model name, or local-dir:PATH.")
+    pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
+    batch_size: Positive = Field(json_schema_extra=KNOB, default=256, description="Images a forward pass.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
+    workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
+
+
+class BuildIndex(Section):
+    """The FAISS index over the embeddings (inner product of unit vectors = cosine)."""
+
+    factory: Name = Field(default="Flat", description="FAISS factory string. Flat is exact.")
+
+
+class Split(Section):
+    """Single question-answer rounds out of SFT conversations."""
+
+    conversations: list[Name] = Field(min_length=1, description="LLaVA SFT JSON files.")
+    tasks: list[Literal["choice", "short", "box", "caption", "open"]] = Field(
+        default=["choice", "short", "box", "caption", "open"], description="Rounds of other tasks are left out."
+    )
+    limit: Positive | None = Field(
+        default=None, description="Keep at most this many rounds (whole images, chosen by hash); null keeps all."
+    )
+
+
+class Lvlm(Section):
+    """The vision-language model and its prompt: shared by answer, reanswer, finetune and pope."""
+
+    model: Name = Field(default="llava-hf/llava-1.5-7b-hf", description="Hugging Face image-text-to-text model or path.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Weights and arithmetic.")
+    layout: Literal[LAYOUTS] = Field(default="readme", description="How references stand in the prompt.")  # type: ignore[valid-type]
+    system_prompt: str = Field(default=SYSTEM_PROMPT, description="System prompt without references.")
+    retrieval_prompt: str = Field(default=RETRIEVAL_PROMPT, description="System prompt with references.")
+    pad_to_square: bool = Field(
+        default=True, description="Pad images to a square with the processor's mean colour, as LLaVA-1.5 was trained."
+    )
+    caption_chars: Positive = Field(
+        default=1200, description="Captions in prompts are cut to this length at a word boundary (characters)."
+    )
+    batch_tokens: Positive = Field(
+        json_schema_extra=KNOB, default=65_536, description="Prompt tokens (padding included) in one forward pass."
+    )
+    batch_size: Positive = Field(json_schema_extra=KNOB, default=64, description="Prompts in one forward pass, at most.")
+
+
+class Answer(Section):
+    """First answers of the frozen model, without references."""
+
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy. Above 0 each row has a seed of its own.")
+    max_new_tokens: Positive = Field(default=100, description="Length limit of an answer (tokens).")
+    gold_loglik: bool = Field(
+        default=False, description="Also compute the mean log-likelihood of the gold answer (one more forward pass)."
+    )
+    flush_rows: Positive = Field(json_schema_extra=KNOB, default=512, description="Rows between two saves of unfinished work.")
+
+
+class Retrieve(Section):
+    """The most similar corpus images of every query image."""
+
+    references: Positive = Field(default=10, le=100, description="Neighbours kept for an image.")
+    max_similarity: Share = Field(
+        default=0.98, description="Neighbours at or above this cosine are taken for copies of the query and left out."
+    )
+
+
+class Reanswer(Section):
+    """Answers to the wrongly answered rounds, once with each reference, in order of similarity."""
+
+    references: Positive = Field(default=10, le=100, description="References tried for a round, at most.")
+    stop_early: bool = Field(
+        default=True, description="Leave a round as soon as one positive and one negative reference are found."
+    )
+
+
+class Score(Section):
+    """The judges: what counts as right, and how much better counts as better."""
+
+    judge: Literal["answer", "loglik"] = Field(
+        default="answer",
+        description="answer: judge texts by task. loglik: gain in log-likelihood of the gold answer.",
+    )
+    iou: Share = Field(default=0.5, description="A box is right at this intersection over union.")
+    bertscore_model: Name = Field(default="google-bert/bert-base-uncased", description="Encoder of BERTScore, or a path.")
+    bertscore_layer: Positive = Field(default=9, description="Hidden layer used (9 for bert-base-uncased).")
+    wrong_below: float = Field(default=0.7, ge=-1, le=1, description="Captions and open answers: wrong below this F1.")
+    right_above: float = Field(default=0.9, ge=-1, le=1, description="Captions and open answers: right from this F1.")
+    margin: float = Field(
+        default=0.01, ge=0, description="A reference is positive (negative) if it gains (loses) at least this much F1."
+    )
+    loglik_margin: float = Field(default=0.1, ge=0, description="The same for judge loglik (nats a token).")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Score":
+        if self.wrong_below > self.right_above:
+            raise ValueError("score.wrong_below must not exceed score.right_above")
+        return self
+
+
+class Mix(Section):
+    """Shares of further kinds of training samples; the rest are pairs of one positive and one negative."""
+
+    positive_only: Share = Field(default=0.0, description="One helpful reference.")
+    negative_only: Share = Field(default=0.0, description="One misleading reference.")
+    no_reference: Share = Field(default=0.0, description="No reference.")
+
+    @model_validator(mode="after")
+    def _at_most_all(self) -> "Mix":
+        if self.positive_only + self.negative_only + self.no_reference > 1:
+            raise ValueError("the shares of pair.mix must not add up to more than 1")
+        return self
+
+
+class Pair(Section):
+    """Training samples: the most similar positive and the most similar negative reference of a round."""
+
+    samples: Positive = Field(default=2000, description="Training samples, at most (the original's default).")
+    order: Literal["shuffled", "positive_first"] = Field(
+        default="shuffled", description="positive_first is the original's fixed order: it teaches to trust number one."
+    )
+    mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
+
+
+class Finetune(Section):
+    """DeepSpeed fine-tune. Defaults are the original's hyper-parameters."""
+
+    processes: Positive = Field(default=1, description="Processes (one a GPU) on one node.")
+    epochs: float = Field(default=2, gt=0, description="Passes over the pairs.")
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak of the cosine schedule.")
+    warmup_ratio: Share = Field(default=0.03, description="Share of the steps with a rising learning rate.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
+    batch_size: Positive = Field(default=16, description="Samples a process and step.")
+    accumulation: Positive = Field(default=1, description="Steps whose gradients are added up.")
+    max_tokens: Positive = Field(
+        default=4096, description="Longest training sample. Captions are cut to fit; a question or an answer never is."
+    )
+    train: list[Name] = Field(
+        default=["language_model", "multi_modal_projector", "lm_head"],
+        description="Parameters whose name contains one of these are trained; all others are frozen.",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=3, description="DeepSpeed ZeRO stage.")
+    gradient_checkpointing: bool = Field(default=True, description="Recompute activations to save memory.")
+    save_steps: Positive = Field(json_schema_extra=KNOB, default=50, description="Steps between two checkpoints.")
+
+
+class Method(Section):
+    """One way to answer POPE."""
+
+    model: Literal["base", "tuned"] = Field(description="base: lvlm.model. tuned: the model that finetune wrote.")
+    references: int = Field(ge=0, le=100, description="References in the prompt, most similar first; 0 for none.")
+
+
+class Pope(Section):
+    """POPE evaluation: object questions under five scoring rules."""
+
+    questions: dict[Annotated[str, Field(json_schema_extra=WORKFLOW, pattern=r"^[A-Za-z0-9_-]+$")], Name] = Field(
+        min_length=1, description="POPE question file (JSON lines) of each split."
+    )
+    methods: dict[Annotated[str, Field(json_schema_extra=WORKFLOW, pattern=r"^[A-Za-z0-9_-]+$")], Method] = Field(
+        default={
+            "zero-shot": Method(model="base", references=0),
+            "vanilla-rag": Method(model="base", references=2),
+            "surf": Method(model="tuned", references=2),
+        },
+        min_length=1,
+        description="Methods compared in one table.",
+    )
+    suffix: str = Field(
+        default="\nAnswer the question using a single word or phrase.",
+        description="Appended to every question, as in LLaVA's evaluation.",
+    )
+    max_new_tokens: Positive = Field(default=16, description="Length limit of an answer (tokens).")
+    resamples: Positive = Field(default=2000, description="Bootstrap resamples for the 95 % intervals.")
+
+
+class Report(Section):
+    """The HTML page."""
+
+    samples: int = Field(json_schema_extra=KNOB, default=12, ge=0, description="Sample pairs shown with their images.")
+
+
+class Demo(Section):
+    """The embedded example: a made-up world. Leave this section out when you bring your own data."""
+
+    out: Name = Field(json_schema_extra=WORKFLOW, default="example", description="Folder for the world's images and questions.")
+    scale: float = Field(default=1.0, gt=0, description="Size of the world.")
+
+
+class Config(BaseModel):
+    """The whole of config.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    results: Name = Field(default="results", description="Folder for everything that surf writes.")
+    seed: int = Field(default=0, ge=0, description="Seeds of rows and samples derive from this number.")
+    demo: Demo | None = Field(default=None, description="The embedded example; null with your own data.")
+    images: Images = Images()
+    shards: Shards = Shards()
+    catalog: Catalog
+    embed: Embed = Embed()
+    build_index: BuildIndex = BuildIndex()
+    split: Split
+    lvlm: Lvlm = Lvlm()
+    answer: Answer = Answer()
+    retrieve: Retrieve = Retrieve()
+    reanswer: Reanswer = Reanswer()
+    score: Score = Score()
+    pair: Pair = Pair()
+    finetune: Finetune = Finetune()
+    pope: Pope
+    report: Report = Report()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        if self.reanswer.references > self.retrieve.references:
+            raise ValueError("reanswer.references must not exceed retrieve.references")
+        if not self.pope.questions:
+            raise ValueError("pope.questions must name at least one question file")
+        for name, method in self.pope.methods.items():
+            if name in ("questions", "neighbors", "image-blind"):
+                raise ValueError(f"pope.methods.{name}: this name is taken, choose another")
+            if method.references > self.retrieve.references:
+                raise ValueError(f"pope.methods.{name}.references must not exceed retrieve.references")
+        if self.score.judge == "loglik" and not self.answer.gold_loglik:
+            raise ValueError("score.judge: loglik needs answer.gold_loglik: true")
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def parse(values: dict[str, Any], source: str = "config.yaml") -> Config:
+    """Check `values` and freeze them.
+
+    Raises:
+        SurfError: with one line for every wrong key: the key, the value, what was expected.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise SurfError(explain(error), where=source, next=f"edit {source}; docs/usage.md lists every key") from None
+
+
+def load(path: str | Path) -> Config:
+    """Read a YAML file; see `parse`."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SurfError(f"cannot be read: {error}", where=str(path), expected="a YAML file") from None
+    if not isinstance(values, dict):
+        raise SurfError("is no mapping of keys to values", where=str(path), expected="sections such as `embed:`")
+    return parse(values, str(path))
+
+
+def explain(error: ValidationError) -> str:
+    """One line for each thing pydantic found: `answer.temperature = 'hot': input should be a valid number`."""
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key} = {_short(item['input'])}: there is no such key")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: is missing")
+        elif item["type"] == "value_error":
+            lines.append(str(item["ctx"]["error"]))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{key} = {_short(item['input'])}: {message}")
+    return "\n  ".join(lines)
+
+
+def flags(**sections: Section) -> str:
+    """The keys that change results, as command-line flags: `--answer.temperature 0.0`.
+
+    Together with `knobs` they say all there is to know, so the printed command can be pasted into a shell;
+    `surf.cli.parse` reads them back.
+    """
+    return _render(sections, None)
+
+
+def knobs(**sections: Section) -> str:
+    """The keys that change speed and places only, as command-line flags. They are kept apart so that they rerun nothing."""
+    return _render(sections, "knob")
+
+
+def _render(sections: dict[str, Section], role: str | None) -> str:
+    words = []
+    for name, section in sections.items():
+        values = section.model_dump(mode="json")
+        for key, field in type(section).model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if extra.get("role") == role:
+                words += [f"--{name}.{key}", values[key] if isinstance(values[key], str) else json.dumps(values[key])]
+    return shlex.join(words)
+
+
+def schema() -> str:
+    """JSON schema of config.yaml, as editors want it."""
+    return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

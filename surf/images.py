@@ -1,0 +1,130 @@
+"""Opening images by name, from folders and from Parquet files, with the input treated as hostile."""
+
+import io
+import re
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from surf.errors import ImageError, SurfError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# COCO's own numbers: train2017/000000000009.jpg and COCO_train2014_000000000009.jpg are one photograph.
+_COCO = re.compile(r"(?:^|/)(?:COCO_(?:train|val|test)20\d\d_|(?:train|val|test|unlabeled)2017/)(\d{12})\.\w+$")
+_CACHED_ROW_GROUPS = 4
+
+
+def identity(name: str) -> str:
+    """What makes two names the same photograph: COCO's number where the name carries one, else the path itself."""
+    match = _COCO.search(name)
+    return f"coco:{int(match[1])}" if match else str(PurePosixPath(name))
+
+
+class Images:
+    """Images under several roots; the first root that holds a name wins.
+
+    Args:
+        roots: folders, or Parquet files with columns image (string) and bytes (binary).
+        max_pixels: larger images are refused before they are decoded.
+        cached: decoded images kept in memory, the latest ones (a 640x480 image takes 0.9 MB).
+
+    Raises:
+        SurfError: a root does not exist or is no folder and no such Parquet file.
+    """
+
+    def __init__(self, roots: Sequence[str], max_pixels: int = 100_000_000, cached: int = 0) -> None:
+        self.max_pixels = max_pixels
+        self.open: Callable[[str], Image] = lru_cache(cached)(self._open) if cached else self._open
+        self._sources: list[_Folder | _Packed] = []
+        for root in map(Path, roots):
+            if root.is_dir():
+                self._sources.append(_Folder(root))
+            elif root.is_file():
+                self._sources.append(_Packed(root))
+            else:
+                raise SurfError(f"there is no image root {root}", where="images.roots", expected="a folder or a Parquet file")
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes. Raises ImageError: no such image, or a name that leads out of the roots."""
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+            raise ImageError("its name leads out of the image roots")
+        for source in self._sources:
+            data = source.read(name)
+            if data is not None:
+                return data
+        raise ImageError("there is no such image in the image roots")
+
+    def _open(self, name: str) -> "Image":
+        """`open`: the decoded image, RGB, upright as its EXIF says. Raises ImageError: missing, too large, not decodable."""
+        from PIL import Image, ImageFile, ImageOps
+
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        data = self.read(name)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(data))
+                if image.width * image.height > self.max_pixels:
+                    raise ImageError(f"{image.width}x{image.height} pixels are more than images.max_pixels")
+                image.load()
+                return ImageOps.exif_transpose(image).convert("RGB")
+        except ImageError:
+            raise
+        except Exception as error:  # Pillow's decoders raise many kinds: any of them means one unusable image
+            raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+class _Folder:
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def read(self, name: str) -> bytes | None:
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            raise ImageError("a symbolic link leads out of the image roots")
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise ImageError(f"cannot be read ({error.strerror})") from None
+
+
+class _Packed:
+    """Images in one Parquet file: names are read once, bytes by row group."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self.file = pq.ParquetFile(path)
+            names = self.file.schema_arrow.names
+        except (OSError, pa.ArrowException) as error:
+            raise SurfError(f"is no Parquet file ({error})", where=str(path), expected="an image root") from None
+        if not {"image", "bytes"} <= set(names):
+            raise SurfError(f"has columns {names}", where=str(path), expected="columns image and bytes")
+        self.place: dict[str, tuple[int, int]] = {}
+        self.cache: OrderedDict[int, object] = OrderedDict()
+        self.lock = threading.Lock()  # a ParquetFile is not safe to read from several threads
+        for group in range(self.file.num_row_groups):
+            column = self.file.read_row_group(group, columns=["image"]).column("image").to_pylist()
+            self.place.update((name, (group, row)) for row, name in enumerate(column))
+
+    def read(self, name: str) -> bytes | None:
+        if name not in self.place:
+            return None
+        group, row = self.place[name]
+        with self.lock:
+            if group not in self.cache:
+                self.cache[group] = self.file.read_row_group(group, columns=["bytes"]).column("bytes")
+                while len(self.cache) > _CACHED_ROW_GROUPS:
+                    self.cache.popitem(last=False)
+            return bytes(self.cache[group][row].as_py())  # type: ignore[index]

@@ -1,0 +1,179 @@
+"""The one prompt builder: first answers, re-answers, training and evaluation all come through here.
+
+A prompt is a text with `<image>` tags and as many images, in the order of the tags. The query image is always the last one,
+and the references stand in the user's turn. `chat` turns it into the model's own chat format.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surf.errors import SurfError
+
+IMAGE = "<image>"
+
+# LLaVA-1.5's system prompt, and the sentence that the original's release adds where there are references.
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+RETRIEVAL_PROMPT = (
+    SYSTEM_PROMPT + " There may be some helpful information in the retrieved image-caption pairs, "
+    "the assistant can refer to them before answering a question."
+)
+
+# The original's layouts; they do not agree with each other, so each has a name.
+#   readme       the training sample of its README (the default)
+#   figure       figure 3 of the paper, with <SEP>
+#   filter       its data filter
+#   evaluation   its POPE script: a blank, and no line break, before the question
+#   image_only   its re-answer prompt: one reference image, no caption
+LAYOUTS = ("readme", "figure", "filter", "evaluation", "image_only")
+
+# What would let a caption close the reference block, add an image or end the turn.
+_TAGS = re.compile(
+    r"<\s*/?\s*(?:retrieval|image|sep|s|unk|pad|bos|eos|think)\s*/?\s*>|<\|[^<>|]{0,40}\|>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A retrieved image-caption pair."""
+
+    image: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn: `text` holds as many `<image>` tags as there are `images` (names, in the order of the tags)."""
+
+    system: str
+    text: str
+    images: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        tags = self.text.count(IMAGE)
+        if tags != len(self.images):
+            raise SurfError(f"a prompt has {tags} <image> tags for {len(self.images)} images", where=repr(self.text[:80]))
+
+
+def build(
+    question: str,
+    image: str,
+    references: Sequence[Reference] = (),
+    *,
+    layout: str = "readme",
+    system_prompt: str = SYSTEM_PROMPT,
+    retrieval_prompt: str = RETRIEVAL_PROMPT,
+    caption_chars: int = 1200,
+) -> Prompt:
+    """The prompt for one question on one image.
+
+    Args:
+        question: the question, without `<image>` tag.
+        image: name of the query image.
+        references: most similar first, or in whatever order they shall stand; none gives the plain LLaVA prompt.
+        layout: one of `LAYOUTS`.
+        caption_chars: captions are cut at a word boundary to this many characters; questions never are.
+    """
+    question = clean(question)
+    if not references:
+        return Prompt(system_prompt, f"{IMAGE}\n{question}", (image,))
+    captions = [cut(clean(reference.caption), caption_chars) for reference in references]
+    text = _LAYOUT[layout](captions, question)
+    return Prompt(retrieval_prompt, text, (*(reference.image for reference in references), image))
+
+
+def from_options(question: str, image: str, references: Sequence[Reference], lvlm: Any) -> Prompt:
+    """`build` with the settings of the config's `lvlm` section."""
+    return build(
+        question,
+        image,
+        references,
+        layout=lvlm.layout,
+        system_prompt=lvlm.system_prompt,
+        retrieval_prompt=lvlm.retrieval_prompt,
+        caption_chars=lvlm.caption_chars,
+    )
+
+
+def clean(text: str) -> str:
+    """Text that cannot pose as markup: prompt tags and control characters are taken out, line breaks stay.
+
+    Repeats until nothing changes, so that `<im<image>age>` does not leave a tag behind.
+    """
+    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
+    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn"))
+    while True:
+        stripped = _TAGS.sub(" ", text)
+        if stripped == text:
+            return text.strip()
+        text = stripped
+
+
+def cut(text: str, limit: int) -> str:
+    """At most `limit` characters, cut after a word where there is one."""
+    if len(text) <= limit:
+        return text
+    head = text[: limit + 1].rsplit(None, 1)[0] if re.search(r"\s", text[: limit + 1]) else text[:limit]
+    return head.rstrip()
+
+
+def chat(processor: Any, prompt: Prompt, answer: str | None = None) -> str:
+    """The prompt in the model's own chat format, ready for the processor; with `answer`, the whole training text.
+
+    Where the model's image tag is `<image>` itself the text goes in as it stands: LLaVA's own template would move all
+    images to the front and tear the numbered references apart. Other models get interleaved parts.
+    """
+    literal = getattr(processor, "image_token", IMAGE) == IMAGE
+    parts: list[dict[str, str]] = []
+    if literal:
+        parts = [{"type": "text", "text": prompt.text}]
+    else:
+        for number, piece in enumerate(prompt.text.split(IMAGE)):
+            if number:
+                parts.append({"type": "image"})
+            if piece:
+                parts.append({"type": "text", "text": piece})
+    messages: list[dict[str, Any]] = []
+    if prompt.system:
+        messages.append({"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+    messages.append({"role": "user", "content": parts})
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False))
+
+
+def _numbered(captions: Sequence[str], end: str) -> str:
+    return "".join(f"{number}. {IMAGE} {caption}{end}" for number, caption in enumerate(captions, 1))
+
+
+def _readme(captions: Sequence[str], question: str) -> str:
+    return f"<Retrieval>{_numbered(captions, f' {chr(10)}')}</Retrieval> {IMAGE}\n{question}"
+
+
+def _figure(captions: Sequence[str], question: str) -> str:
+    return f"<Retrieval>{'<SEP>'.join(f'{IMAGE} {caption}' for caption in captions)}</Retrieval> {IMAGE}\n{question}"
+
+
+def _filter(captions: Sequence[str], question: str) -> str:
+    return f"<Retrieval> {_numbered(captions, chr(10)).rstrip(chr(10))} </Retrieval>\n{IMAGE}\n{question}"
+
+
+def _evaluation(captions: Sequence[str], question: str) -> str:
+    return f"<Retrieval> {_numbered(captions, chr(10))} </Retrieval>\n{IMAGE} {question}"
+
+
+def _image_only(captions: Sequence[str], question: str) -> str:
+    if len(captions) != 1:
+        raise SurfError(f"layout image_only takes one reference, not {len(captions)}", expected="another lvlm.layout")
+    return (
+        f"Here is a image similar to the test image:\n{IMAGE}\n"
+        f"Based on this image and the test image:\n{IMAGE}\nAnswer the question: {question}"
+    )
+
+
+_LAYOUT = {"readme": _readme, "figure": _figure, "filter": _filter, "evaluation": _evaluation, "image_only": _image_only}

@@ -1,0 +1,34 @@
+"""Rows that could not be used: written down, counted, and too many of them stop the run."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from surf import store
+from surf.errors import SurfError
+
+log = logging.getLogger("surf")
+
+
+def settle(path: Path, errors: Mapping[str, str], *, dataset: str, stage: str, total: int, max_bad_share: float) -> None:
+    """Write the quarantine of one part, or refuse to go on.
+
+    Args:
+        errors: what is wrong, by the key of the row or image.
+        total: rows or images that the stage looked at.
+
+    Raises:
+        SurfError: more than `max_bad_share` of them are bad; names the first few.
+    """
+    if errors:
+        log.warning("%d of %d %s in quarantine, see %s", len(errors), total, dataset, path)
+    if len(errors) > max_bad_share * total:
+        first = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:3])
+        raise SurfError(
+            f"{len(errors)} of {total} rows are unusable ({first})",
+            where=dataset,
+            expected=f"at most a share of {max_bad_share} (images.max_bad_share)",
+            next="mend the data, or raise images.max_bad_share in config.yaml",
+        )
+    rows = [{"dataset": dataset, "key": key, "stage": stage, "error": error} for key, error in sorted(errors.items())]
+    store.write_table(path, store.table_of(rows, "quarantine"), "quarantine")

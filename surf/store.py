@@ -1,0 +1,265 @@
+"""Reading and writing Parquet datasets: schema-checked, atomic, resumable.
+
+A file appears under its name only when it is whole: it is written beside it, synced, then renamed. Readers go through
+`_manifest.json`, never through a folder listing, so a stray file is never read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from surf import __version__
+from surf.errors import SurfError
+from surf.schemas import KEYS, SCHEMAS, with_dim
+
+MANIFEST = "_manifest.json"
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder, unique to this process, that takes the place of `path` at the end.
+
+    Two writers of one file cannot tear it: the later rename wins, whole. On an error nothing remains.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys and no time stamps, so that equal content gives equal bytes."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_json_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON list, one row a line, keys in their given order."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    write_text(path, f"[\n{lines}\n]\n")
+
+
+def read_json(path: Path, *, expected: str = "a JSON file", next: str = "") -> Any:
+    """Read a JSON file that a user may have supplied; any fault becomes a `SurfError`."""
+    import orjson
+
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SurfError("there is no such file", where=str(path), expected=expected, next=next) from None
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise SurfError(f"cannot be read ({error})", where=str(path), expected=expected, next=next) from None
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, table: pa.Table, dataset: str, meta: Mapping[str, Any] | None = None) -> None:
+    """Write `table` as one Parquet file (zstd) of `dataset`.
+
+    Args:
+        meta: kept as key-value metadata beside the dataset's name, the row count, the content's digest and surf's version.
+
+    Raises:
+        SurfError: the columns are not those of the dataset, or a key stands twice.
+    """
+    table = table.select(_names(dataset)).cast(_schema(dataset, table.schema)).combine_chunks()
+    check_unique(table, dataset, str(path))
+    metadata = {
+        "surf.dataset": dataset,
+        "surf.digest": digest(table),
+        "surf.package": __version__,
+        **{f"surf.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (meta or {}).items()},
+    }
+    with replacing(path) as temporary:
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+
+
+def read_table(path: Path, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one Parquet file of `dataset`, or the whole dataset if `path` is its `_manifest.json`.
+
+    Raises:
+        SurfError: the file is missing, torn, or of another dataset; a part differs from the manifest.
+    """
+    if path.name == MANIFEST:
+        tables = [_read_part(part, dataset, columns) for part in parts_of(path, dataset)]
+        return pa.concat_tables(tables).combine_chunks()
+    return _read_part(path, dataset, columns)
+
+
+def rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as plain dictionaries."""
+    return list(table.to_pylist())
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], dataset: str) -> pa.Table:
+    """A table with the columns of `dataset` from dictionaries; a missing key becomes null."""
+    return pa.Table.from_pylist(list(rows), schema=SCHEMAS[dataset])
+
+
+def digest(table: pa.Table) -> str:
+    """SHA-256 of a table's content; independent of compression, row groups and metadata (16 hex digits)."""
+    sink = hashlib.sha256()
+    sink.update(str(table.schema.remove_metadata()).encode())
+    batch = table.replace_schema_metadata(None).combine_chunks()
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, batch.schema) as writer:
+        writer.write_table(batch)
+    sink.update(buffer.getvalue())
+    return sink.hexdigest()[:16]
+
+
+def check_unique(table: pa.Table, dataset: str, where: str) -> None:
+    """Raise SurfError if a key of `dataset` stands twice in `table`, and name it."""
+    keys = KEYS[dataset]
+    if table.num_rows == 0:
+        return
+    counts = table.select(keys).group_by(keys).aggregate([([], "count_all")])
+    if counts.num_rows != table.num_rows:
+        twice = next(row for row in counts.to_pylist() if row["count_all"] > 1)
+        name = ", ".join(f"{key} = {twice[key]!r}" for key in keys)
+        raise SurfError(f"{name} stands {twice['count_all']} times", where=where, expected="each key once")
+
+
+def footer(path: Path) -> tuple[pq.FileMetaData, dict[str, str]]:
+    """Parquet metadata and surf's own key-value metadata of one file.
+
+    Raises:
+        SurfError: the file is missing or torn; says how to make it anew.
+    """
+    again = f"delete it and run: snakemake {path}"
+    try:
+        metadata = pq.read_metadata(path)
+    except FileNotFoundError:
+        raise SurfError("there is no such file", where=str(path), next=f"snakemake {path}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise SurfError(f"is no whole Parquet file ({_first_line(error)})", where=str(path), next=again) from None
+    pairs = {k.decode(): v.decode() for k, v in (metadata.metadata or {}).items()}
+    return metadata, {k.removeprefix("surf."): v for k, v in pairs.items() if k.startswith("surf.")}
+
+
+def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
+    """Paths of a dataset's parts, in order, checked against the manifest's sizes.
+
+    Raises:
+        SurfError: no manifest, another dataset, or a part that is missing or differs.
+    """
+    content = read_json(manifest, expected="a manifest written by `merge`", next=f"snakemake {manifest}")
+    if dataset is not None and content["dataset"] != dataset:
+        raise SurfError(f"lists dataset {content['dataset']!r}", where=str(manifest), expected=f"dataset {dataset!r}")
+    paths = []
+    for part in content["parts"]:
+        path = manifest.parent / part["file"]
+        meta = footer(path)[1]
+        if meta.get("digest") != part["digest"]:
+            raise SurfError("differs from the manifest", where=str(path), next=f"rm {manifest} && snakemake {manifest}")
+        paths.append(path)
+    return paths
+
+
+def _read_part(path: Path, dataset: str, columns: Sequence[str] | None) -> pa.Table:
+    meta = footer(path)[1]
+    try:
+        table = pq.read_table(path, columns=list(columns) if columns else None, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        again = f"delete it and run: snakemake {path}"
+        raise SurfError(f"cannot be read ({_first_line(error)})", where=str(path), next=again) from None
+    if meta.get("dataset") != dataset:
+        found = meta.get("dataset", "a file that surf did not write")
+        raise SurfError(f"is {found}", where=str(path), expected=f"a part of dataset {dataset!r}")
+    expected = _schema(dataset, table.schema)
+    if columns:
+        expected = pa.schema([expected.field(name) for name in columns])
+    if not table.schema.remove_metadata().equals(expected):
+        raise SurfError(
+            f"has columns {_describe(table.schema)}", where=str(path), expected=f"the columns {_describe(expected)}"
+        )
+    return table.replace_schema_metadata(None)
+
+
+def _schema(dataset: str, found: pa.Schema) -> pa.Schema:
+    if dataset == "embeddings" and "embedding" in found.names:
+        kind = found.field("embedding").type
+        if pa.types.is_fixed_size_list(kind):
+            return with_dim(kind.list_size)
+    return SCHEMAS[dataset]
+
+
+def _names(dataset: str) -> list[str]:
+    return list(SCHEMAS[dataset].names)
+
+
+def _describe(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+# --- unfinished work --------------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """Finished rows of an unfinished part, kept so that a killed job goes on where it stopped.
+
+    Rows are saved as small Parquet files in `_partial/<part>/<key>/` beside the part. `key` digests everything that the rows
+    depend on (flags, version, inputs), so rows made under other settings are never picked up. Files are only ever added,
+    under unique names: two writers do the same work twice at worst.
+    """
+
+    def __init__(self, out: Path, dataset: str, **depends_on: Any) -> None:
+        text = json.dumps(depends_on, sort_keys=True, default=str)
+        self.dataset = dataset
+        self.root = out.parent / "_partial" / out.stem
+        self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def read(self) -> pa.Table:
+        """All saved rows, each key once. A torn file (a disk that lied) is left out: its rows are made anew."""
+        tables = []
+        for path in sorted(self.folder.glob("*.parquet")):
+            try:
+                tables.append(_read_part(path, self.dataset, None))
+            except SurfError:
+                path.unlink(missing_ok=True)
+        if not tables:
+            return SCHEMAS[self.dataset].empty_table()
+        table = pa.concat_tables(tables).combine_chunks()
+        number = pa.array(range(table.num_rows), pa.int64())
+        keys = KEYS[self.dataset]
+        first = table.select(keys).append_column("#", number).group_by(keys).aggregate([("#", "min")])
+        return table.take(first.column("#_min").sort())
+
+    def save(self, table: pa.Table) -> None:
+        """Add finished rows."""
+        if table.num_rows:
+            write_table(self.folder / f"{uuid.uuid4().hex}.parquet", table, self.dataset)
+
+    def clear(self) -> None:
+        """Forget everything, once the part itself is written."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        with suppress(OSError):  # other parts still have unfinished rows
+            self.root.parent.rmdir()
