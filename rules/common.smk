@@ -13,7 +13,7 @@ from surf.shards import part_names
 shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
 
 try:
-    cfg = schema.parse(dict(config), " ".join(workflow.overwrite_configfiles) or "config.yaml")
+    cfg = schema.parse(dict(config), " ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml")
 except SurfError as error:
     raise WorkflowError(str(error)) from None
 

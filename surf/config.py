@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.config import JsonDict
 
 from surf.errors import SurfError
 from surf.prompts import LAYOUTS, RETRIEVAL_PROMPT, SYSTEM_PROMPT
@@ -18,11 +19,12 @@ from surf.prompts import LAYOUTS, RETRIEVAL_PROMPT, SYSTEM_PROMPT
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes part of a file name
 
 
 # How a key reaches its stage. Keys without a role change results: they are flags, and a change reruns the stage.
-KNOB = {"role": "knob"}  # speed and places only: a flag, but a change reruns nothing
-WORKFLOW = {"role": "workflow"}  # read by the Snakefile, no flag
+KNOB: JsonDict = {"role": "knob"}  # speed and places only: a flag, but a change reruns nothing
+WORKFLOW: JsonDict = {"role": "workflow"}  # read by the Snakefile, no flag
 
 
 class Section(BaseModel):
@@ -228,10 +230,11 @@ class Method(Section):
 class Pope(Section):
     """POPE evaluation: object questions under five scoring rules."""
 
-    questions: dict[Annotated[str, Field(json_schema_extra=WORKFLOW, pattern=r"^[A-Za-z0-9_-]+$")], Name] = Field(
-        min_length=1, description="POPE question file (JSON lines) of each split."
+    questions: dict[Word, Name] = Field(
+        default={}, json_schema_extra=WORKFLOW, description="POPE question file (JSON lines) of each split."
     )
-    methods: dict[Annotated[str, Field(json_schema_extra=WORKFLOW, pattern=r"^[A-Za-z0-9_-]+$")], Method] = Field(
+    methods: dict[Word, Method] = Field(
+        json_schema_extra=WORKFLOW,
         default={
             "zero-shot": Method(model="base", references=0),
             "vanilla-rag": Method(model="base", references=2),
@@ -349,7 +352,7 @@ def explain(error: ValidationError) -> str:
 
 
 def flags(**sections: Section) -> str:
-    """The keys that change results, as command-line flags: `--answer.temperature 0.0`.
+    """The keys that change results, as command-line flags: `--answer.temperature=0.0`.
 
     Together with `knobs` they say all there is to know, so the printed command can be pasted into a shell;
     `surf.cli.parse` reads them back.
@@ -369,7 +372,8 @@ def _render(sections: dict[str, Section], role: str | None) -> str:
         for key, field in type(section).model_fields.items():
             extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
             if extra.get("role") == role:
-                words += [f"--{name}.{key}", values[key] if isinstance(values[key], str) else json.dumps(values[key])]
+                value = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+                words.append(f"--{name}.{key}={value}")
     return shlex.join(words)
 
 

@@ -66,17 +66,20 @@ class Images:
         from PIL import Image, ImageFile, ImageOps
 
         ImageFile.LOAD_TRUNCATED_IMAGES = False
+        Image.MAX_IMAGE_PIXELS = self.max_pixels
         data = self.read(name)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(io.BytesIO(data))
                 if image.width * image.height > self.max_pixels:
-                    raise ImageError(f"{image.width}x{image.height} pixels are more than images.max_pixels")
+                    raise ImageError(f"{image.width}x{image.height} pixels, more pixels than images.max_pixels")
                 image.load()
                 return ImageOps.exif_transpose(image).convert("RGB")
         except ImageError:
             raise
+        except Image.DecompressionBombError:
+            raise ImageError("it has more pixels than images.max_pixels") from None
         except Exception as error:  # Pillow's decoders raise many kinds: any of them means one unusable image
             raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from None
 

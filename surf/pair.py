@@ -9,7 +9,6 @@ Goes through the shards one by one; which samples are kept depends on the seed a
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from surf import cli, config, prompts, score, store
@@ -31,7 +30,7 @@ def label(
         rounds, first, again, near: rows of one shard of `rounds`, `scores/answers`, `scores/reanswers` and `neighbors`.
 
     Yields:
-        the round's row and "positive", "negative": {image_id, similarity, gain} or None. gain = score − score of the first answer.
+        the round's row and "positive", "negative": {image_id, similarity, gain} or None; gain is over the first answer's score.
     """
     base = {row["round_id"]: row["score"] for row in first}
     places = {(row["query_id"], row["rank"]): row for row in near}

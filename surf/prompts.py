@@ -118,7 +118,9 @@ def cut(text: str, limit: int) -> str:
     """At most `limit` characters, cut after a word where there is one."""
     if len(text) <= limit:
         return text
-    head = text[: limit + 1].rsplit(None, 1)[0] if re.search(r"\s", text[: limit + 1]) else text[:limit]
+    head = text[:limit]
+    if not text[limit].isspace():  # the limit falls inside a word: leave that word out, unless it is the first
+        head = re.sub(r"(?<=\S)\s+\S*$", "", head)
     return head.rstrip()
 
 

@@ -1,7 +1,7 @@
 """Vision-language models by transformers: batched, deterministic answers."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,7 +35,8 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             where=f"lvlm.model = {name!r}",
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
-    return Lvlm(network.to(device).eval(), processor, images, options)
+    network.to(torch.device(device))
+    return Lvlm(network.eval(), processor, images, options)
 
 
 class Lvlm:
@@ -43,7 +44,7 @@ class Lvlm:
 
     def __init__(self, model: Any, processor: Any, images: Images, options: config.Lvlm) -> None:
         self.model, self.processor, self.images, self.options = model, processor, images, options
-        self.image_tokens = 0
+        self.image_tokens = processing.image_tokens(processor, options)
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
@@ -115,7 +116,7 @@ class Lvlm:
             values.append(float(scores.gather(-1, target[:, None]).mean()))
         return values
 
-    def _encode(self, requests: Sequence[Request], texts: Sequence[str], side: str) -> Any:
+    def _encode(self, requests: Sequence[Request], texts: Sequence[str], side: Literal["left", "right"]) -> Any:
         pictures = [[self.images.open(name) for name in request.prompt.images] for request in requests]
         batch = processing.encode(self.processor, list(texts), pictures, padding_side=side, lvlm=self.options)
         return batch.to(self.model.device, dtype=self.model.dtype)
@@ -124,10 +125,8 @@ class Lvlm:
         """Rows of each batch: sorted by length, filled up to `batch_size` prompts and `batch_tokens` padded tokens."""
         if not requests:
             return
-        if not self.image_tokens:
-            self.image_tokens = self._count_image_tokens(requests[0], texts[0])
         lengths = [
-            len(processing.token_ids(self.processor, text)) + len(request.prompt.images) * self.image_tokens + new_tokens
+            len(processing.token_ids(self.processor, text)) + len(request.prompt.images) * (self.image_tokens - 1) + new_tokens
             for request, text in zip(requests, texts, strict=True)
         ]
         batch: list[int] = []
@@ -140,10 +139,6 @@ class Lvlm:
                 batch, longest = [], lengths[row]
             batch.append(row)
         yield batch
-
-    def _count_image_tokens(self, request: Request, text: str) -> int:
-        wide = int(self._encode([request], [text], "left")["input_ids"].shape[1])
-        return max(1, (wide - len(processing.token_ids(self.processor, text))) // len(request.prompt.images))
 
     def _halving(self, work: Any, requests: Sequence[Request], texts: Sequence[str]) -> list[Any]:
         """Run a batch; if the GPU's memory does not suffice, run its halves."""

@@ -1,0 +1,354 @@
+"""Embedding, first answers and re-answers, with real open_clip and transformers models of tiny size and random weights."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from surf import config, prompts, store
+from surf.answer import answer
+from surf.embed import embed
+from surf.errors import SurfError
+from surf.images import Images
+from surf.models import Request, lvlm
+from surf.prompts import Reference
+from surf.reanswer import Judge, reanswer
+from surf.shards import stable_hash
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("clip")
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    whole = {"model_cfg": CLIP, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
+    (folder / "open_clip_config.json").write_text(json.dumps(whole))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**{key: dict(value) if isinstance(value, dict) else value for key, value in CLIP.items()})
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"not an image")
+    return folder
+
+
+def catalog(*names):
+    return store.table_of([{"image_id": n, "image": name, "caption": "x"} for n, name in enumerate(names)], "catalog")
+
+
+def encoder(clip_folder, pictures, **options):
+    from surf.models import clip
+
+    section = config.Embed(model=f"local-dir:{clip_folder}", pretrained=None, workers=2, **options)
+    return clip.load(section, Images([str(pictures)]))
+
+
+def partial(tmp_path, dataset, **depends_on):
+    return store.Partial(tmp_path / "part-00000-of-00001.parquet", dataset, **depends_on)
+
+
+def test_embeddings_are_open_clips_own_and_unit_length(clip_folder, pictures, tmp_path):
+    import open_clip
+    import torch
+
+    names = [f"{number}.png" for number in range(5)]
+    table, errors = embed(catalog(*names), encoder(clip_folder, pictures, batch_size=4), partial(tmp_path, "embeddings"))
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    with torch.no_grad():
+        batch = torch.stack([transform(Image.open(pictures / name).convert("RGB")) for name in names])
+        expected = torch.nn.functional.normalize(model.eval().encode_image(batch), dim=-1).numpy()
+    found = np.array(table["embedding"].to_pylist(), np.float32)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
+    assert errors == {} and table["image_id"].to_pylist() == list(range(5))
+
+
+def test_a_bad_image_is_null_and_named_and_batches_change_no_bit(clip_folder, pictures, tmp_path):
+    names = ["0.png", "broken.png", "1.png", "gone.png", *(f"{n}.png" for n in range(2, 9))]
+    model = encoder(clip_folder, pictures, batch_size=4)
+    table, errors = embed(catalog(*names), model, partial(tmp_path / "a", "embeddings"))
+    assert sorted(errors) == ["broken.png", "gone.png"] and "no such image" in errors["gone.png"]
+    assert [row is None for row in table["embedding"].to_pylist()] == [name in errors for name in names]
+    for start in (0, 3, 7):
+        piece, _ = embed(catalog(*names[start:]), model, partial(tmp_path / f"b{start}", "embeddings"))
+        assert piece["embedding"].to_pylist() == table["embedding"].to_pylist()[start:]
+
+
+def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch):
+    from surf import embed as module
+
+    monkeypatch.setattr(module, "FLUSH", 4)
+    names = [f"{n}.png" for n in range(10)]
+    model = encoder(clip_folder, pictures, batch_size=4)
+    whole, _ = embed(catalog(*names), model, partial(tmp_path / "whole", "embeddings"))
+    asked = []
+
+    class Killed:
+        dim = model.dim
+
+        def encode(self, names):
+            asked.extend(names)
+            if len(asked) == 8 and "killed" not in asked:
+                asked.append("killed")
+                raise KeyboardInterrupt
+            return model.encode(names)
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(catalog(*names), Killed(), partial(tmp_path, "embeddings"))
+    again, _ = embed(catalog(*names), Killed(), partial(tmp_path, "embeddings"))
+    assert again.equals(whole)
+    assert asked.count("0.png") == 1 and asked.count("4.png") == 2
+
+
+def test_unknown_clip_is_told(pictures):
+    from surf.models import clip
+
+    with pytest.raises(SurfError, match=r"embed\.model = 'ViT-XXL-99'"):
+        clip.load(config.Embed(model="ViT-XXL-99", pretrained=None), Images([str(pictures)]))
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+def section(tiny_lvlm, **options):
+    return config.Lvlm(model=str(tiny_lvlm), dtype="float32", **options)
+
+
+@pytest.fixture(scope="module")
+def responder(tiny_lvlm, pictures):
+    return lvlm.load(section(tiny_lvlm), Images([str(pictures)]))
+
+
+def requests_of(count, seed=0):
+    words = ["What is this?", "Is there a red circle in the image, or two?", "Why?"]
+    made = []
+    for number in range(count):
+        references = [Reference(f"{number % 7}.png", "a blue square " * (number % 4))] * (number % 3)
+        made.append(Request(prompts.build(words[number % 3], f"{number % 11}.png", references), stable_hash(seed, number)))
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_batches_and_order_change_no_answer(tiny_lvlm, pictures, responder, temperature):
+    requests = requests_of(13)
+    alone = [responder.respond([one], max_new_tokens=6, temperature=temperature)[0] for one in requests]
+    assert responder.respond(requests, max_new_tokens=6, temperature=temperature) == alone
+    assert responder.respond(requests[::-1], max_new_tokens=6, temperature=temperature) == alone[::-1]
+    small = lvlm.load(section(tiny_lvlm, batch_size=3, batch_tokens=400), Images([str(pictures)]))
+    assert small.respond(requests, max_new_tokens=6, temperature=temperature) == alone
+
+
+def test_greedy_answers_are_those_of_plain_generate(tiny_lvlm, pictures, responder):
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_lvlm).eval()
+    processor = AutoProcessor.from_pretrained(tiny_lvlm)
+    request = Request(prompts.build("What?", "3.png", [Reference("4.png", "a red circle")]))
+    side = [Image.open(pictures / name).convert("RGB") for name in request.prompt.images]
+    mean = tuple(int(value * 255) for value in processor.image_processor.image_mean)
+    padded = []
+    for image in side:
+        canvas = Image.new("RGB", (48, 48), mean)
+        canvas.paste(image, (0, 4))
+        padded.append(canvas)
+    inputs = processor(text=prompts.chat(processor, request.prompt), images=padded, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    expected = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert responder.respond([request], max_new_tokens=8) == [expected]
+
+
+def test_sampling_follows_the_seed(responder):
+    prompt = prompts.build("What?", "0.png")
+    draws = [
+        responder.respond([Request(prompt, seed) for seed in seeds], max_new_tokens=2, temperature=1.5)
+        for seeds in (range(20), range(20), range(20, 40))
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_sampling_draws_from_the_softmax():
+    import torch
+
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0])
+    noise = lvlm._Noise([stable_hash(seed) for seed in range(4000)], temperature=0.7)
+    drawn = noise(None, logits.expand(4000, -1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.025, rtol=0)
+
+
+def test_out_of_memory_halves_the_batch(responder, monkeypatch):
+    import torch
+
+    requests = requests_of(9)
+    expected = responder.respond(requests, max_new_tokens=4)
+    sizes = []
+    plain = responder._generate
+
+    def small_gpu(batch, *args):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError
+        return plain(batch, *args)
+
+    monkeypatch.setattr(responder, "_generate", small_gpu)
+    assert responder.respond(requests, max_new_tokens=4) == expected
+    assert max(sizes) == 9 and sorted(sizes)[0] <= 3
+
+
+def test_loglik_is_the_mean_log_probability_of_the_gold_answer(responder):
+    import torch
+
+    requests = requests_of(5)
+    golds = ["yes", "a red circle", "no", "three", "blue"]
+    found = responder.loglik(requests, golds)
+    for request, gold, value in zip(requests, golds, found, strict=True):
+        text = prompts.chat(responder.processor, request.prompt)
+        whole = responder._encode([request], [f"{text} {gold}{responder.processor.tokenizer.eos_token}"], "right")
+        start = responder._encode([request], [text], "right")["input_ids"].shape[1]
+        with torch.inference_mode():
+            scores = responder.model(**whole).logits[0].log_softmax(-1)
+        ids = whole["input_ids"][0]
+        expected = np.mean([float(scores[place - 1, ids[place]]) for place in range(start, len(ids))])
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_models_that_cannot_be_loaded(tmp_path, pictures, tiny_lvlm):
+    import shutil
+
+    images = Images([str(pictures)])
+    with pytest.raises(SurfError, match=r"lvlm\.model"):
+        lvlm.load(config.Lvlm(model=str(tmp_path / "nowhere")), images)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_lvlm, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    with pytest.raises(SurfError, match=r"expected a folder or a hub name with safetensors weights"):
+        lvlm.load(config.Lvlm(model=str(pickled)), images)
+
+
+def rounds(count):
+    rows = [
+        {"round_id": f"c{n}#0", "image": f"{n % 6}.png", "question": "What is it?", "answer": "yes", "task": "short"}
+        for n in range(count)
+    ]
+    rows[1]["image"] = "broken.png"
+    return store.table_of(rows, "rounds")
+
+
+class Counting:
+    """A responder that counts its rows and dies after `fuse` of them."""
+
+    def __init__(self, inner, fuse=10**9):
+        self.inner, self.fuse, self.rows = inner, fuse, 0
+
+    def respond(self, requests, **options):
+        if self.rows + len(requests) > self.fuse:
+            raise KeyboardInterrupt
+        self.rows += len(requests)
+        return self.inner.respond(requests, **options)
+
+    def loglik(self, requests, golds):
+        return self.inner.loglik(requests, golds)
+
+
+@pytest.mark.parametrize("gold_loglik", [False, True])
+def test_first_answers_resume_without_doing_a_row_twice(tmp_path, tiny_lvlm, pictures, responder, gold_loglik):
+    images = Images([str(pictures)])
+    options = config.Answer(max_new_tokens=4, flush_rows=3, gold_loglik=gold_loglik)
+    arguments = {"lvlm": section(tiny_lvlm), "options": options, "seed": 0}
+    whole, errors = answer(rounds(10), responder, images, partial(tmp_path / "whole", "answers"), **arguments)
+    assert list(errors) == ["c1#0"] and whole.num_rows == 9
+    assert whole["round_id"].to_pylist() == [f"c{n}#0" for n in range(10) if n != 1]
+    assert (whole["gold_loglik"].null_count == 9) is not gold_loglik
+    killed = Counting(responder, fuse=6)
+    with pytest.raises(KeyboardInterrupt):
+        answer(rounds(10), killed, images, partial(tmp_path, "answers"), **arguments)
+    second = Counting(responder)
+    again, _ = answer(rounds(10), second, images, partial(tmp_path, "answers"), **arguments)
+    assert again["response"].to_pylist() == whole["response"].to_pylist()
+    assert killed.rows + second.rows == 9
+
+
+class Scripted:
+    """Answers right exactly with the references named in `helpful`; remembers what it was asked."""
+
+    def __init__(self, helpful):
+        self.helpful, self.asked = helpful, []
+
+    def respond(self, requests, **_):
+        self.asked += [request.prompt.images for request in requests]
+        return ["yes" if request.prompt.images[0] in self.helpful else "no" for request in requests]
+
+    def loglik(self, requests, golds):
+        return [0.0] * len(requests)
+
+
+def reask(tmp_path, pictures, responder, *, stop_early, references=6, wrong=3):
+    rows = [{**row, "base": 0.0} for row in store.rows(rounds(wrong + 2)) if row["image"] != "broken.png"][:wrong]
+    names = [f"{n}.png" for n in (10, 11, 12, 13, 14, 15)]
+    near = {row["image"]: [(100 + n, Reference(name, f"caption {n}")) for n, name in enumerate(names)] for row in rows}
+    return reanswer(
+        rows,
+        near,
+        responder,
+        Images([str(pictures)]),
+        Judge(config.Score()),
+        partial(tmp_path, "reanswers", stop=stop_early),
+        lvlm=config.Lvlm(model="unused"),
+        answer=config.Answer(flush_rows=2),
+        options=config.Reanswer(references=references, stop_early=stop_early),
+        seed=0,
+    )
+
+
+def test_reanswers_ask_every_reference_alone_or_stop_when_both_kinds_are_found(tmp_path, pictures):
+    every = Scripted({"12.png"})
+    table, errors = reask(tmp_path / "a", pictures, every, stop_early=False)
+    assert table.num_rows == 18 and errors == {}
+    assert all(len(images) == 2 for images in every.asked)
+    early = Scripted({"12.png"})
+    short, _ = reask(tmp_path / "b", pictures, early, stop_early=True)
+    assert [row["rank"] for row in store.rows(short)] == [0, 1, 2] * 3
+    kept = [row for row in store.rows(table) if row["rank"] < 3]
+    assert store.rows(short) == kept
+
+
+def test_reanswers_resume_without_doing_a_row_twice(tmp_path, pictures):
+    whole, _ = reask(tmp_path / "whole", pictures, Scripted({"13.png"}), stop_early=True)
+    killed = Counting(Scripted({"13.png"}), fuse=5)
+    with pytest.raises(KeyboardInterrupt):
+        reask(tmp_path, pictures, killed, stop_early=True)
+    second = Counting(Scripted({"13.png"}))
+    again, _ = reask(tmp_path, pictures, second, stop_early=True)
+    assert store.rows(again) == store.rows(whole)
+    assert killed.rows + second.rows == whole.num_rows
+
+
+def test_a_reference_that_vanished_goes_to_quarantine_and_the_next_is_asked(tmp_path, pictures):
+    hidden = pictures / "11.png"
+    data = hidden.read_bytes()
+    hidden.unlink()
+    try:
+        table, errors = reask(tmp_path, pictures, Scripted(set()), stop_early=True, wrong=2)
+    finally:
+        hidden.write_bytes(data)
+    assert sorted(errors) == ["c0#0#1", "c2#0#1"]
+    assert sorted({row["rank"] for row in store.rows(table)}) == [0, 2, 3, 4, 5]
