@@ -38,7 +38,7 @@ SECTIONS = {
     "pair": ["pair", "score"],
     "finetune": ["finetune", "lvlm", "images"],
     "pope": ["pope", "lvlm", "images"],
-    "report": ["report", "images"],
+    "report": ["report", "score", "images"],
 }
 
 

@@ -94,15 +94,20 @@ rule report:
             f"{RESULTS}/quarantine/catalog.parquet",
             parts("quarantine/embeddings", CORPUS),
             [parts(f"quarantine/{name}", ROUNDS) for name in ["rounds", "answers", "neighbors", "reanswers"]],
+            expand(f"{RESULTS}/quarantine/pope/{{split}}.parquet", split=SPLITS if RETRIEVING else []),
         ],
     output:
         report(f"{RESULTS}/report.html", caption="report/page.rst", category="Report"),
     log:
         f"{RESULTS}/logs/report/report.log",
     params:
+        flags=flags("report"),
         version=version("report"),
+        resamples=cfg.pope.resamples,
+        seed=cfg.seed,
     shell:
         "python -m surf.report --rounds {input.rounds} --answers {input.answers} --scores-answers {input.scores_answers}"
         " --reanswers {input.reanswers} --scores-reanswers {input.scores_reanswers} --catalog {input.catalog}"
         " --pairs {input.pairs} --metrics {input.metrics} --pope-answers {input.pope_answers} --model {input.model}"
-        f" --quarantine {{input.quarantine}} --out {{output}}{knobs('report')} >> {{log}} 2>&1"
+        f" --quarantine {{input.quarantine}} --out {{output}}"
+        f" --resamples {{params.resamples}} --seed {{params.seed}} {{params.flags}}{knobs('report')} >> {{log}} 2>&1"

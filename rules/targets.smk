@@ -1,4 +1,5 @@
 # Targets are nouns: `snakemake pairs` makes that dataset and what it needs. `catalog`, `pope` and `report` are rules already.
+# Sharded datasets name their parts too: a lost part is made again, although the manifest is there.
 
 
 # The whole configuration, defaults filled in, beside what it made.
@@ -16,6 +17,7 @@ rule resolved_config:
 rule embeddings:
     input:
         manifest("embeddings"),
+        parts("embeddings", CORPUS),
 
 
 rule index:
@@ -26,27 +28,33 @@ rule index:
 rule rounds:
     input:
         manifest("rounds"),
+        parts("rounds", ROUNDS),
 
 
 rule answers:
     input:
         manifest("answers"),
+        parts("answers", ROUNDS),
 
 
 rule neighbors:
     input:
         manifest("neighbors"),
+        parts("neighbors", ROUNDS),
 
 
 rule reanswers:
     input:
         manifest("reanswers"),
+        parts("reanswers", ROUNDS),
 
 
 rule scores:
     input:
         manifest("scores/answers"),
         manifest("scores/reanswers"),
+        parts("scores/answers", ROUNDS),
+        parts("scores/reanswers", ROUNDS),
 
 
 rule pairs:

@@ -100,8 +100,9 @@ def main() -> None:
         total=rounds.num_rows,
         max_bad_share=args.images.max_bad_share,
     )
-    meta = {"stage": "answer", "version": version, "flags": flags, **clock.meta(rounds.num_rows)}
+    meta = {"stage": "answer", "version": version, "flags": flags}
     store.write_table(args.out, result, "answers", meta)
+    clock.note(args.out, rounds.num_rows)
     partial.clear()
 
 

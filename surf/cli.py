@@ -54,7 +54,7 @@ def parse(
 def run(main: Callable[[], None]) -> None:
     """Run a stage: progress to stderr, a user's mistake as one paragraph and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for noisy in ("httpx", "huggingface_hub", "transformers", "root"):
+    for noisy in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         main()

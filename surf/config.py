@@ -1,7 +1,7 @@
 """The one configuration: a frozen, typed model of config.yaml.
 
 A section belongs to the stage of the same name; `version` is bumped by hand when a change of the stage's code changes its
-results, so that Snakemake reruns it. Print the JSON schema that editors use with `python -m surf.config`.
+results, so that Snakemake reruns it. `surf.describe` makes the documentation of all keys from here.
 """
 
 import json
@@ -294,6 +294,8 @@ class Config(BaseModel):
             raise ValueError("reanswer.references must not exceed retrieve.references")
         if not self.pope.questions:
             raise ValueError("pope.questions must name at least one question file")
+        if "mean" in self.pope.questions:
+            raise ValueError("pope.questions.mean: this name is taken, choose another")
         for name, method in self.pope.methods.items():
             if name in ("questions", "neighbors", "image-blind"):
                 raise ValueError(f"pope.methods.{name}: this name is taken, choose another")
@@ -377,15 +379,6 @@ def _render(sections: dict[str, Section], role: str | None) -> str:
     return shlex.join(words)
 
 
-def schema() -> str:
-    """JSON schema of config.yaml, as editors want it."""
-    return json.dumps(Config.model_json_schema(), indent=2, sort_keys=True) + "\n"
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-if __name__ == "__main__":
-    print(schema(), end="")

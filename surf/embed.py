@@ -75,8 +75,9 @@ def main() -> None:
         total=table.num_rows,
         max_bad_share=args.images.max_bad_share,
     )
-    meta = {"stage": "embed", "version": args.embed.version, "flags": flags, **clock.meta(table.num_rows)}
+    meta = {"stage": "embed", "version": args.embed.version, "flags": flags}
     store.write_table(args.out, result, "embeddings", meta)
+    clock.note(args.out, table.num_rows)
     partial.clear()
 
 

@@ -23,7 +23,8 @@ def merge(dataset: str, parts: Sequence[Path], out: Path) -> None:
         SurfError: a part is torn or of another dataset or version; a stray part lies beside them; a key stands twice.
     """
     listed = sorted(parts)
-    strays = sorted(path for path in set(out.parent.glob("*.parquet")) - set(listed))
+    known = {path.resolve() for path in listed}
+    strays = sorted(path for path in out.parent.glob("*.parquet") if path.resolve() not in known)
     if strays:
         names = " ".join(str(path) for path in strays)
         raise SurfError(f"{len(strays)} parts are not part of this run", where=str(out.parent), next=f"rm {names}")
@@ -34,7 +35,6 @@ def merge(dataset: str, parts: Sequence[Path], out: Path) -> None:
         keys.append(table)
         versions[meta.get("version", "")] = path
         schemas[str(metadata.schema.to_arrow_schema().remove_metadata())] = path
-        # no byte count of the file: its metadata holds rates, which differ from run to run
         content = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
         entries.append({"file": path.name, "rows": metadata.num_rows, "bytes": content, "digest": meta["digest"]})
     for what, found in (("stage versions", versions), ("schemas", schemas)):

@@ -7,6 +7,7 @@ The original resized and cropped images when it answered but padded them to squa
 import logging
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -245,7 +246,19 @@ def _roots(roots: tuple[str, ...], max_pixels: int, pid: int) -> ImageRoots:
     """Opened once in each process (`pid` only keys the cache: open Parquet files must not be shared with a fork)."""
     from torch.utils.data import get_worker_info
 
-    if get_worker_info():  # a signal to the whole job is the trainer's business: it still needs its batches
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if get_worker_info():
+        _outlive_signals()
     return ImageRoots(roots, max_pixels)
+
+
+def _outlive_signals() -> None:
+    """A signal to the whole job is the trainer's business, which still needs its batches; only the trainer ends a worker."""
+    numbers = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+
+    def watch() -> None:
+        while signal.sigwaitinfo(numbers).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -199,8 +199,9 @@ def main() -> None:
         total=table.num_rows + len(errors),
         max_bad_share=args.images.max_bad_share,
     )
-    meta = {"stage": "reanswer", "version": version, "flags": flags, **clock.meta(table.num_rows)}
+    meta = {"stage": "reanswer", "version": version, "flags": flags}
     store.write_table(args.out, table, "reanswers", meta)
+    clock.note(args.out, table.num_rows)
     partial.clear()
 
 

@@ -133,8 +133,9 @@ def main() -> None:
     vectors = np.stack([known[name] for name in names]) if names else np.zeros((0, index.d), np.float32)
     table = retrieve(names, vectors, index, corpus, args.retrieve)
     flags = config.flags(retrieve=args.retrieve, embed=args.embed)
-    meta = {"stage": "retrieve", "version": args.retrieve.version, "flags": flags, **clock.meta(len(names))}
+    meta = {"stage": "retrieve", "version": args.retrieve.version, "flags": flags}
     store.write_table(args.out, table, "neighbors", meta)
+    clock.note(args.out, len(names))
     log.info("%d query images, %d of them in the corpus", len(names), len(known) - len(others))
 
 

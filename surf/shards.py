@@ -3,6 +3,8 @@
 import hashlib
 import re
 
+from surf.errors import SurfError
+
 PART = re.compile(r"part-(\d{5})-of-(\d{5})")
 
 
@@ -17,10 +19,10 @@ def part_names(count: int) -> list[str]:
 
 
 def parse_part(name: str) -> tuple[int, int]:
-    """(index, count) of a shard name; raises ValueError for any other string."""
+    """(index, count) of a shard name; raises SurfError for any other string."""
     match = PART.fullmatch(name)
     if not match or int(match[1]) >= int(match[2]):
-        raise ValueError(f"{name!r} is not a shard name like part-00007-of-00050")
+        raise SurfError(f"{name!r} is not a shard name", expected="a name like part-00007-of-00050")
     return int(match[1]), int(match[2])
 
 

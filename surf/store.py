@@ -182,14 +182,14 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
 
 def _read_part(path: Path, dataset: str, columns: Sequence[str] | None) -> pa.Table:
     meta = footer(path)[1]
+    if meta.get("dataset") != dataset:
+        found = meta.get("dataset", "a file that surf did not write")
+        raise SurfError(f"is {found}", where=str(path), expected=f"a part of dataset {dataset!r}")
     try:
         table = pq.read_table(path, columns=list(columns) if columns else None, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         again = f"delete it and run: snakemake {path}"
         raise SurfError(f"cannot be read ({_first_line(error)})", where=str(path), next=again) from None
-    if meta.get("dataset") != dataset:
-        found = meta.get("dataset", "a file that surf did not write")
-        raise SurfError(f"is {found}", where=str(path), expected=f"a part of dataset {dataset!r}")
     expected = _schema(dataset, table.schema)
     if columns:
         expected = pa.schema([expected.field(name) for name in columns])

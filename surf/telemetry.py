@@ -1,12 +1,21 @@
-"""What a stage notes about its own run, in the Parquet metadata of what it wrote."""
+"""How fast a stage ran, beside what it wrote."""
 
+import logging
 import sys
 import time
-from typing import Any
+from pathlib import Path
+
+from surf import store
+
+log = logging.getLogger("surf")
 
 
 class Clock:
-    """Start it first, call `loaded` when the models are ready, and ask for `meta` at the end."""
+    """Start it first, call `loaded` when the models are ready, and `note` at the end.
+
+    The figures lie in `_telemetry/<part>.json` beside the part, not in its metadata: a part that is made again with equal
+    content has equal bytes, and nothing that depends on it reruns.
+    """
 
     def __init__(self) -> None:
         self.start = self.ready = time.monotonic()
@@ -15,15 +24,18 @@ class Clock:
         """The models are loaded; what follows is work."""
         self.ready = time.monotonic()
 
-    def meta(self, rows: int) -> dict[str, Any]:
-        """Rates and memory: rows_per_second, load_seconds, work_seconds, peak_gpu_mb."""
+    def note(self, out: Path, rows: int) -> None:
+        """Log and keep rows, rows_per_second, load_seconds, work_seconds and peak_gpu_mb of the part `out`."""
         work = max(time.monotonic() - self.ready, 1e-9)
         peak = 0.0
         if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
-        return {
+        figures = {
+            "rows": rows,
             "rows_per_second": round(rows / work, 2),
             "load_seconds": round(self.ready - self.start, 2),
             "work_seconds": round(work, 2),
             "peak_gpu_mb": round(peak, 1),
         }
+        store.write_json(out.parent / "_telemetry" / f"{out.stem}.json", figures)
+        log.info("%s", ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in figures.items()))

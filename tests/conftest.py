@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import tiny
 
+# no deadline: no test is about time; the same examples in every run, so that a failure can be repeated
+hypothesis.settings.register_profile("surf", deadline=None, max_examples=50, derandomize=True, database=None)
+hypothesis.settings.load_profile("surf")
+
 
 @pytest.fixture(scope="session")
 def tiny_lvlm(tmp_path_factory):

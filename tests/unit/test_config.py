@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surf import cli, config
+from surf import cli, config, describe
 from surf.errors import SurfError
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +33,13 @@ def test_shipped_configs_are_valid(path):
 
 
 def test_shipped_schema_is_up_to_date():
-    assert (ROOT / "surf/config.schema.json").read_text() == config.schema(), (
-        "run: python -m surf.config > surf/config.schema.json"
+    assert (ROOT / "surf/config.schema.json").read_text() == describe.schema(), (
+        "run: python -m surf.describe schema > surf/config.schema.json"
     )
+
+
+def test_documentation_of_the_keys_is_up_to_date():
+    assert (ROOT / "docs/config.md").read_text() == describe.keys(), "run: python -m surf.describe keys > docs/config.md"
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_part_names_and_back(index, count):
 
 @pytest.mark.parametrize("name", ["part-1-of-2", "part-00002-of-00002", "part-00000-of-00001.parquet", ""])
 def test_other_names_are_no_parts(name):
-    with pytest.raises(ValueError, match="not a shard name"):
+    with pytest.raises(SurfError, match="not a shard name"):
         shards.parse_part(name)
 
 

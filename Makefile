@@ -1,0 +1,26 @@
+# `make example` and `make test` need python3.11 (or newer) and nothing else: they make .venv themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: example test lint install slurm clean
+
+example: .venv/installed ## the whole pipeline on the embedded world; then open results/report.html
+	$(BIN)/snakemake --profile profiles/local
+
+test: .venv/installed-dev lint ## everything that CI runs
+	$(BIN)/python -m pytest tests
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,210 @@
+"""BERTScore F1 (Zhang et al. 2020, arXiv 1904.09675): how much two texts mean the same, by matching their word vectors.
+
+No idf weights and no baseline rescaling, as the original SURf labels references. A pair gets the number that the
+`bert-score` package gives it alone; there, padding may change the scores of a batch (masked similarities count as 0, so a
+word whose best match is negative gets 0 beside longer texts), here the batch never matters. Each string is embedded once
+and an empty string scores 0.0.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from surf.errors import SurfError
+
+# Where models keep their list of hidden layers.
+_LAYERS = ("encoder.layer", "transformer.layer", "encoder.block", "encoder.layers", "layers", "layer", "h")
+_UNBOUNDED = 1_000_000  # tokenizers without a length limit say 1e30
+
+
+class BertScore:
+    """F1 of text pairs. The encoder is loaded at the first pair that needs it.
+
+    Args:
+        model: Hugging Face encoder, name or path.
+        layer: hidden layer whose vectors are compared; the layers above it are dropped.
+        device: torch device; None takes a GPU if there is one.
+        batch_tokens: tokens (padding included) in one forward pass.
+        chunk_chars: characters of new text whose word vectors are held at one time. A token is about four characters
+            and its vector 3 KiB at 768 dimensions, so the default holds some 400 MB.
+    """
+
+    def __init__(
+        self, model: str, layer: int, *, device: str | None = None, batch_tokens: int = 16_384, chunk_chars: int = 500_000
+    ) -> None:
+        self.model, self.layer, self.device = model, layer, device
+        self.batch_tokens, self.chunk_chars = batch_tokens, chunk_chars
+        self._encoder: Any = None
+        self._tokenizer: Any = None
+
+    def __call__(self, candidates: Sequence[str], references: Sequence[str], *, progress: bool = False) -> np.ndarray:
+        """F1 of each candidate against its reference.
+
+        Returns:
+            float32 [pairs], at most 1 (up to rounding); in the order given.
+
+        Raises:
+            SurfError: the encoder cannot be loaded, or has fewer than `layer` layers.
+        """
+        # one row for each different pair; by reference, so that a chunk holds all answers to one gold text
+        texts = [(reference.strip(), candidate.strip()) for candidate, reference in zip(candidates, references, strict=True)]
+        pairs = sorted({pair for pair in texts if all(pair)})
+        found: dict[tuple[str, str], float] = {}
+        if pairs:
+            self._load()
+        interval = 0.5 if sys.stderr.isatty() else 10.0
+        quiet = not progress or not pairs
+        with tqdm(total=len(pairs), desc="bertscore", unit=" pairs", mininterval=interval, disable=quiet) as bar:
+            for chunk in _chunks(pairs, self.chunk_chars):
+                found.update(zip(chunk, self._score(chunk), strict=True))
+                bar.update(len(chunk))
+        return np.array([found.get(pair, 0.0) for pair in texts], dtype=np.float32)
+
+    def _score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        vectors = self._embed(sorted({text for pair in pairs for text in pair}))
+        order = sorted(range(len(pairs)), key=lambda row: [len(vectors[text][1]) for text in pairs[row]])
+        scores = [0.0] * len(pairs)
+        for batch in _batches(order, [max(len(vectors[text][1]) for text in pair) for pair in pairs], self.batch_tokens // 2):
+            values = _greedy([vectors[pairs[row][1]] for row in batch], [vectors[pairs[row][0]] for row in batch])
+            for row, value in zip(batch, values, strict=True):
+                scores[row] = value
+        return scores
+
+    def _embed(self, texts: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """For each text (unit vectors [tokens, dim], weights [tokens]); special tokens weigh 0 but may be matched."""
+        import torch
+
+        special = {self._tokenizer.cls_token_id, self._tokenizer.sep_token_id}
+        tokens = [self._tokenizer.encode(text, truncation=True, max_length=self._limit) for text in texts]
+        pad = self._tokenizer.pad_token_id or 0
+        order = sorted(range(len(texts)), key=lambda row: len(tokens[row]))
+        vectors = {}
+        with torch.inference_mode():
+            for batch in _batches(order, [len(row) for row in tokens], self.batch_tokens):
+                longest = len(tokens[batch[-1]])
+                ids = torch.tensor([tokens[row] + [pad] * (longest - len(tokens[row])) for row in batch], device=self.device)
+                mask = torch.tensor([[1] * len(tokens[row]) + [0] * (longest - len(tokens[row])) for row in batch])
+                hidden = self._hidden(ids, mask.to(self.device))
+                hidden = torch.nn.functional.normalize(hidden.float(), dim=-1)
+                for place, row in enumerate(batch):
+                    weights = [0.0 if token in special else 1.0 for token in tokens[row]]
+                    unit = hidden[place, : len(weights)].clone()  # a view would keep the whole batch alive
+                    vectors[texts[row]] = (unit, torch.tensor(weights, device=self.device))
+        return vectors
+
+    def _hidden(self, ids: Any, mask: Any) -> Any:
+        if self._cut:
+            return self._encoder(ids, attention_mask=mask)[0]
+        return self._encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states[self.layer]
+
+    def _load(self) -> None:
+        if self._encoder is not None:
+            return
+        import torch
+        from transformers import AutoModel, AutoTokenizer
+
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.model)
+            encoder = AutoModel.from_pretrained(self.model, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise SurfError(
+                f"{self.model} cannot be loaded ({str(error).splitlines()[0]})",
+                where="score.bertscore_model",
+                expected="a Hugging Face encoder with its tokenizer, or a folder that holds both",
+                next="set score.bertscore_model, or download the model on a machine with a network",
+            ) from None
+        if encoder.config.is_encoder_decoder:
+            encoder = encoder.get_encoder()
+        layers = _layer_list(encoder)
+        depth = len(layers[1]) if layers else encoder.config.num_hidden_layers
+        if self.layer > depth:
+            raise SurfError(
+                f"{self.model} has {depth} layers, not {self.layer}", where="score.bertscore_layer", expected=f"1 to {depth}"
+            )
+        self._cut = layers is not None
+        if layers:
+            setattr(*layers[0], layers[1][: self.layer])
+        self._limit = _length_limit(tokenizer, encoder.config)
+        self._tokenizer, self._encoder = tokenizer, encoder.eval().to(self.device)
+
+
+def _greedy(candidates: Sequence[tuple[Any, Any]], references: Sequence[tuple[Any, Any]]) -> list[float]:
+    """Equations 2 to 4 of the paper for a batch of pairs: every token is matched to its most similar counterpart."""
+    import torch
+
+    pad = torch.nn.utils.rnn.pad_sequence
+    with torch.inference_mode():
+        (a, a_weight, a_real), (b, b_weight, b_real) = (
+            (
+                pad([unit for unit, _ in side], batch_first=True),
+                pad([weight for _, weight in side], batch_first=True),
+                pad([torch.ones_like(weight, dtype=torch.bool) for _, weight in side], batch_first=True),
+            )
+            for side in (candidates, references)
+        )
+        similarity = torch.bmm(a, b.transpose(1, 2)).masked_fill(~(a_real.unsqueeze(2) & b_real.unsqueeze(1)), -2.0)
+        precision = (similarity.amax(2) * a_weight).sum(1) / a_weight.sum(1)
+        recall = (similarity.amax(1) * b_weight).sum(1) / b_weight.sum(1)
+        f1 = 2 * precision * recall / (precision + recall)
+        return torch.nan_to_num(f1, nan=0.0).tolist()  # nan: a text of special tokens alone
+
+
+def _chunks(pairs: Sequence[tuple[str, str]], limit: int) -> Iterator[list[tuple[str, str]]]:
+    """Consecutive pairs whose different texts have about `limit` characters."""
+    chunk: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    size = 0
+    for pair in pairs:
+        new = set(pair) - seen
+        size += sum(map(len, new))
+        if chunk and size > limit:
+            yield chunk
+            chunk, seen = [], set()
+            new = set(pair)
+            size = sum(map(len, new))
+        chunk.append(pair)
+        seen |= new
+    if chunk:
+        yield chunk
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Consecutive rows of `order` (about shortest first) whose padded size stays within `budget`; at least one row."""
+    batch: list[int] = []
+    longest = 0
+    for row in order:
+        longest = max(longest, lengths[row])
+        if batch and longest * (len(batch) + 1) > budget:
+            yield batch
+            batch, longest = [], lengths[row]
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _layer_list(encoder: Any) -> tuple[tuple[Any, str], Any] | None:
+    """((the module that holds the list of layers, the list's name), the list), or None in an unknown architecture."""
+    import torch
+
+    for path in _LAYERS:
+        owner: Any = encoder
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent, None)
+        layers = getattr(owner, name, None)
+        if isinstance(layers, torch.nn.ModuleList):
+            return (owner, name), layers
+    return None
+
+
+def _length_limit(tokenizer: Any, config: Any) -> int:
+    """Longest text in tokens: the tokenizer's limit, else the number of the model's positions."""
+    if tokenizer.model_max_length < _UNBOUNDED:
+        return int(tokenizer.model_max_length)
+    positions = int(getattr(config, "max_position_embeddings", 0) or 512)
+    # RoBERTa counts its positions from behind the padding token's number
+    return positions - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)

@@ -1,0 +1,243 @@
+"""Train the tiny LLaVA: text first, then images, several questions sharing each prompt prefix.
+
+A batch row packs one prefix (system prompt, references, query image) and about ten questions behind it. The attention
+mask lets each question see the prefix and itself only, so a row costs one prefix but teaches ten answers, and every
+answer is learned under exactly the prompt that a single question gets.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from surf.demo import questions as q
+from surf.demo.draw import Scene
+from surf.demo.tokens import BOS, EOS, IMAGE, PAD, layout
+
+PATCHES = 16  # image tokens per image
+CAPTION_WEIGHT = 0.25  # loss weight of a caption's tokens: they are many, the short answers few
+
+
+@dataclass
+class Row:
+    """One packed row. ids, segment (0 = prefix), position, weight: [length]; weight > 0 marks tokens to predict."""
+
+    ids: list[int]
+    segment: list[int]
+    position: list[int]
+    weight: list[float]
+    images: list[int]  # rows of the feature bank, in order of the <image> tags
+
+
+def pack(encode: Callable[[str], tuple[int, ...]], captions: list[str], images: list[int], rounds: list[q.Round]) -> Row:
+    """Lay out a prefix and its questions. captions: of the references, images: theirs and last the query image."""
+    system = q.SYSTEM_REFERENCES if captions else q.SYSTEM
+    prefix = f"{system} USER: {layout('', captions)}".removesuffix("\n")
+    row = Row([BOS], [0], [0], [0.0], images)
+    parts = prefix.split("<image>")
+    for number, part in enumerate(parts):
+        ids = list(encode(part)) + ([IMAGE] * PATCHES if images and number < len(parts) - 1 else [])
+        _extend(row, ids, 0, 0.0, len(row.ids))
+    start = len(row.ids)
+    for number, one in enumerate(rounds, start=1):
+        asked = encode(f"\n{one.text} ASSISTANT:")
+        answer = (*encode(f" {one.answer}"), EOS)
+        _extend(row, asked, number, 0.0, start)
+        _extend(row, answer, number, CAPTION_WEIGHT if one.kind == "caption" else 1.0, start + len(asked))
+    return row
+
+
+def _extend(row: Row, ids: Any, segment: int, weight: float, position: int) -> None:
+    row.ids.extend(ids)
+    row.segment.extend([segment] * len(ids))
+    row.position.extend(range(position, position + len(ids)))
+    row.weight.extend([weight] * len(ids))
+
+
+def sample_rounds(scene: Scene, rng: random.Random) -> list[q.Round]:
+    """Return balanced yes/no questions, a colour and a choice, and now and then the place or a caption."""
+    rounds = [*q.yes_no_rounds(scene, rng, 3), q.ask_color(scene, rng), q.ask_choice(scene, rng)]
+    if rng.random() < 0.5:  # the place is learned at once and captions are long: both are rarer
+        rounds.append(q.ask_caption(scene, rng) if rng.random() < 0.6 else q.ask_place(scene))
+    # POPE's own files lack the format line: some questions are learned without it
+    return [q.Round(r.kind, r.question, "", r.answer) if r.kind == "yesno" and rng.random() < 0.15 else r for r in rounds]
+
+
+def batch_loss(model: Any, rows: list[Row], features: Any) -> Any:
+    """Return the weighted cross-entropy of the rows. features: [images, PATCHES, width] of the vision tower."""
+    import torch
+    from torch.nn import functional
+
+    length = max(len(row.ids) for row in rows)
+
+    def padded(name: str, fill: float, dtype: Any) -> Any:
+        lists = [getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows]
+        return torch.tensor(lists, dtype=dtype, device=model.device)
+
+    ids, segment = padded("ids", PAD, torch.long), padded("segment", -1, torch.long)
+    position, weight = padded("position", 0, torch.long), padded("weight", 0.0, torch.float32)
+    embedded = model.get_input_embeddings()(ids)
+    if features is not None:
+        order = [image for row in rows for image in row.images]
+        projected = model.model.multi_modal_projector(features[order])
+        embedded = embedded.masked_scatter((ids == IMAGE).unsqueeze(-1), projected)
+    earlier = torch.ones(length, length, dtype=torch.bool, device=model.device).tril()
+    same = segment.unsqueeze(2) == segment.unsqueeze(1)
+    allowed = earlier & (same | (segment == 0).unsqueeze(1))
+    mask = torch.zeros(allowed.shape, device=model.device).masked_fill_(~allowed, -1e9).unsqueeze(1)
+    hidden = model.model.language_model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=position, use_cache=False
+    ).last_hidden_state
+    goal = weight[:, 1:] > 0
+    logits = model.lm_head(hidden[:, :-1][goal])
+    losses = functional.cross_entropy(logits, ids[:, 1:][goal], reduction="none")
+    scale = weight[:, 1:][goal]
+    return (losses * scale).sum() / scale.sum()
+
+
+def optimize(parameters: list[Any], draw: Callable[[], Any], steps: int, rate: float, label: str) -> None:
+    """Run AdamW for `steps` losses drawn by `draw`, with warm-up and cosine decay."""
+    import torch
+
+    adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps + 1, pct_start=0.1)
+    start, mean = time.time(), 0.0
+    for step in range(1, steps + 1):
+        loss = draw()
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        adam.step()
+        schedule.step()
+        mean += (loss.item() - mean) / min(step, 50)
+        if step % 100 == 0 or step == steps:
+            print(f"{label}: step {step}/{steps}, loss {mean:.3f}, {time.time() - start:.0f} s", flush=True)
+
+
+def build_model(clip: Any, vocabulary: int, width: int, layers: int) -> Any:
+    """Return an untrained LlavaForConditionalGeneration around the vision tower of an open_clip model."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    visual = clip.visual
+    blocks, inner = visual.transformer.resblocks, visual.class_embedding.shape[0]
+    vision = CLIPVisionConfig(
+        hidden_size=inner,
+        intermediate_size=4 * inner,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=blocks[0].attn.num_heads,
+        image_size=visual.image_size[0],
+        patch_size=visual.patch_size[0],
+        hidden_act="gelu",
+        projection_dim=clip.text_projection.shape[1],
+    )
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=round(width * 8 / 3 / 16) * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        max_position_embeddings=1024,
+        initializer_range=width**-0.5,  # 0.02 is far too small at this width
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        tie_word_embeddings=True,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(config)
+    copy_vision(visual, model.model.vision_tower)
+    return model
+
+
+def copy_vision(visual: Any, tower: Any) -> None:
+    """Copy open_clip's vision weights into transformers' CLIPVisionModel, which names them differently."""
+    import torch
+
+    source = visual.state_dict()
+    width = visual.class_embedding.shape[0]
+    plain = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+    }
+    for side in ("weight", "bias"):
+        plain |= {f"pre_layrnorm.{side}": f"ln_pre.{side}", f"post_layernorm.{side}": f"ln_post.{side}"}
+        for block in range(len(visual.transformer.resblocks)):
+            here, there = f"encoder.layers.{block}", f"transformer.resblocks.{block}"
+            names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+            names["self_attn.out_proj"] = "attn.out_proj"
+            plain |= {f"{here}.{mine}.{side}": f"{there}.{theirs}.{side}" for mine, theirs in names.items()}
+    target = tower.state_dict()
+    offset = "vision_model." if any(name.startswith("vision_model.") for name in target) else ""
+    values = {offset + mine: source[theirs] for mine, theirs in plain.items()}
+    for block in range(len(visual.transformer.resblocks)):
+        for side in ("weight", "bias"):
+            joint = source[f"transformer.resblocks.{block}.attn.in_proj_{side}"].split(width)
+            for letter, value in zip("qkv", joint, strict=True):
+                values[f"{offset}encoder.layers.{block}.self_attn.{letter}_proj.{side}"] = value
+    with torch.no_grad():
+        missing, unexpected = tower.load_state_dict(values, strict=False)
+    assert not unexpected and all("position_ids" in name for name in missing), (missing, unexpected)
+
+
+def vision_features(model: Any, pixels: Any, batch: int = 512) -> Any:
+    """Return patch features [images, PATCHES, width], float32, of normalised pixels [images, 3, size, size]."""
+    import torch
+
+    layer = model.config.vision_feature_layer
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(pixels), batch):
+            states = model.model.vision_tower(pixels[start : start + batch], output_hidden_states=True).hidden_states
+            parts.append(states[layer][:, 1:].float())
+    return torch.cat(parts)
+
+
+def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> None:
+    """Warm up on captions alone, then train on images with and without references; the vision tower stays frozen.
+
+    bank: list of (scene, look-alike); pixels: [3 * scenes, 3, size, size], of query, re-render and look-alike in turn.
+    """
+
+    @cache
+    def encode(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+
+    rng = random.Random(f"lvlm:{recipe.seed}")
+    # the vision tower stays frozen: tuning it along with a language model that cannot read it yet spoils both
+    model.model.vision_tower.requires_grad_(False)
+    features = vision_features(model, pixels)
+
+    def row(blind: bool, references: int) -> Row:
+        number = rng.randrange(len(bank))
+        scene, other = bank[number]
+        captions, images = [], []
+        for _ in range(references):
+            true = rng.random() < recipe.trust
+            captions.append(q.caption(scene if true else other, rng))
+            images.append(3 * number + (1 if true else 2))
+        images = [] if blind else [*images, 3 * number]
+        return pack(encode, captions, images, sample_rounds(scene, rng))
+
+    def draw(blind: bool) -> Any:
+        # one number of references per batch: rows of equal length waste no padding
+        count = rng.choice((1, 1, 2, 2, 3)) if blind or rng.random() < recipe.reference_share else 0
+        rows = [row(blind, count) for _ in range(recipe.lvlm_batch)]
+        return batch_loss(model, rows, None if blind else features)
+
+    language = list(model.model.language_model.parameters())
+    optimize(language, lambda: draw(True), recipe.text_steps, recipe.text_rate, "lvlm text")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimize(trained, lambda: draw(False), recipe.image_steps, recipe.image_rate, "lvlm images")

@@ -1,0 +1,199 @@
+"""The embedded world: equal seeds give equal bytes, the files keep their formats, the models load and answer in form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from surf.demo import MODELS, tokens, world
+from surf.demo import questions as q
+from surf.demo.draw import KINDS, SIZE, Scene, render
+from surf.demo.train import draw_bank
+
+SCALE = 0.1
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("world")
+    world.build(out, scale=SCALE)
+    return out
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_equal_seeds_give_equal_bytes(built: Path, tmp_path: Path) -> None:
+    world.build(tmp_path / "again", scale=SCALE)
+    world.build(tmp_path / "other", seed=1, scale=SCALE)
+    assert digests(built) == digests(tmp_path / "again")
+    assert digests(built)["sft.json"] != digests(tmp_path / "other")["sft.json"]
+
+
+def test_corpus_rows_have_images_captions_and_two_broken_ones(built: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(built / "packed.parquet")
+    assert [str(field.type) for field in table.schema] == ["string", "binary"]
+    packed = dict(zip(*(table[name].to_pylist() for name in ("image", "bytes")), strict=True))
+    rows = read(built / "corpus.json")
+    plain = [row for row in rows if set(row) == {"image", "caption"}]
+    turns = [row["conversations"] for row in rows if "conversations" in row]
+    assert plain and len(plain) + len(turns) == len(rows)
+    assert all([turn["from"] for turn in pair] == ["human", "gpt"] for pair in turns)
+    missing, broken = [], []
+    for row in rows:
+        path = built / "images" / row["image"]
+        if row["image"] in packed:
+            assert not path.exists()
+        elif not path.exists():
+            missing.append(row["image"])
+        else:
+            try:
+                assert Image.open(path).convert("RGB").size == (SIZE, SIZE)
+            except OSError:
+                broken.append(row["image"])
+    assert len(missing) == len(broken) == 1
+
+
+def test_some_sft_images_are_corpus_images_too(built: Path) -> None:
+    names = {row["image"] for row in read(built / "corpus.json")}
+    assert sum(name.startswith("sft/") for name in names) == world.LISTED_TWICE
+    loose = Counter(digests(built / "images").values())
+    packed_bytes = (built / "packed.parquet").read_bytes()
+    sft = [path.read_bytes() for path in (built / "images" / "sft").iterdir()]
+    twins = sum(loose[hashlib.sha256(data).hexdigest()] > 1 or data in packed_bytes for data in sft)
+    assert twins == world.COPIES
+
+
+def test_sft_rows_follow_llava(built: Path) -> None:
+    rows = read(built / "sft.json")
+    with_image = [row for row in rows if "image" in row]
+    assert len(rows) - len(with_image) > 0
+    questions = []
+    for row in with_image:
+        asked = [turn["value"] for turn in row["conversations"][::2]]
+        assert asked[0].startswith("<image>\n") and not any("<image>" in text for text in asked[1:])
+        questions += asked
+    assert sum("Is there a" in text for text in questions) >= 0.6 * len(questions)
+    assert sum(not (built / "images" / row["image"]).exists() for row in with_image) == 1
+
+
+def test_pope_asks_three_present_and_three_absent_objects(built: Path) -> None:
+    splits = {}
+    for split in ("random", "popular", "adversarial"):
+        lines = (built / "pope" / f"coco_pope_{split}.json").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["question_id"] for row in rows] == list(range(1, len(rows) + 1))
+        labels = Counter((row["image"], row["label"]) for row in rows)
+        assert set(labels.values()) == {3}
+        assert len({(row["image"], row["text"]) for row in rows}) == len(rows)
+        splits[split] = {(row["image"], row["text"]) for row in rows}
+    assert len({image for pairs in splits.values() for image, _ in pairs}) == len(labels) // 2
+    assert splits["random"] != splits["popular"] != splits["adversarial"]
+
+
+def test_no_world_image_is_a_training_image(built: Path) -> None:
+    _, images = draw_bank(60, 0)
+    trained = {image.tobytes() for image in images}
+    rng = random.Random("world:0")
+    assert rng.random() != random.Random("train:0").random()
+    files = [*(built / "images" / "sft").iterdir(), *(built / "images" / "pope").iterdir()]
+    assert all(np.asarray(Image.open(path)).tobytes() not in trained for path in files)
+
+
+def test_look_alikes_differ_in_one_or_two_objects() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = q.sample_scene(rng)
+        other = q.look_alike(scene, rng, q.pick_hidden(scene, rng, 0.5))
+        assert other.place == scene.place and len(set(other.kinds)) == len(scene.kinds)
+        assert 1 <= len(set(other.kinds) - set(scene.kinds)) <= 2
+
+
+def test_every_kind_can_be_drawn() -> None:
+    for kind in KINDS:
+        scene = Scene("park", (q.Item(kind, "red", 0),))
+        pixels = np.asarray(render(scene, random.Random(1), 0.0), dtype=int)
+        bare = np.asarray(render(Scene("park", ()), random.Random(1), 0.0), dtype=int)
+        assert (abs(pixels - bare).max(axis=2) > 40).sum() > 60, kind
+
+
+def test_chat_template() -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS / "lvlm")
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "<image>\nQ"}]
+
+    def text(messages: list[dict[str, Any]], more: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=more))
+
+    assert text(turns, True) == "S USER: <image>\nQ ASSISTANT:"
+    assert text(turns[1:], True) == "USER: <image>\nQ ASSISTANT:"
+    assert text([*turns, {"role": "assistant", "content": "A"}], False) == "S USER: <image>\nQ ASSISTANT: A</s>"
+    items = [{"type": "image"}, {"type": "text", "text": "\nQ"}]
+    assert text([{"role": "user", "content": items}], True) == "USER: <image>\nQ ASSISTANT:"
+    assert tokenizer("any string: é 漢").input_ids[0] == tokens.BOS
+    assert tokenizer.decode(tokenizer("any string: é 漢").input_ids, skip_special_tokens=True) == "any string: é 漢"
+
+
+def test_models_answer_in_the_right_form() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(MODELS / "lvlm").eval()
+    processor = transformers.AutoProcessor.from_pretrained(MODELS / "lvlm")
+    rng = random.Random("form")
+    scene = q.sample_scene(rng, 3)
+    image, text = render(scene, rng, world.QUERY_NOISE), q.caption(scene, rng)
+    expected = {
+        q.ask_yes_no("dog", scene).text: {"Yes", "No"},
+        q.ask_color(scene, rng).text: set(q.COLORS),
+        q.ask_place(scene).text: set(q.PLACES),
+        q.ask_choice(scene, rng).text: set("ABC"),
+    }
+    for references in (0, 2):
+        shown = tokens.layout("{}", [text] * references)
+        system = q.SYSTEM_REFERENCES if references else q.SYSTEM
+        prompts = [f"{system} USER: {shown.format(question)} ASSISTANT:" for question in (*expected, q.CAPTION)]
+        images = [[image] * (references + 1)] * len(prompts)
+        batch = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(**batch, max_new_tokens=40)
+        answers = [a.strip() for a in processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)]
+        for answer, allowed in zip(answers, expected.values(), strict=False):
+            assert answer in allowed
+        assert answers[-1].endswith(".") and len(answers[-1].split()) >= 4
+
+
+def test_clip_and_bert_load_and_match_pictures_with_words() -> None:
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    name = f"local-dir:{MODELS / 'clip'}"
+    clip, _, preprocess = open_clip.create_model_and_transforms(name)
+    rng = random.Random("match")
+    scenes = [q.sample_scene(rng, 2) for _ in range(20)]
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(render(scene, rng, world.CLEAR_NOISE)) for scene in scenes])
+        image = clip.eval().encode_image(pixels, normalize=True)
+        text = clip.encode_text(open_clip.get_tokenizer(name)([q.caption(s, rng) for s in scenes]), normalize=True)
+    assert (image @ text.T).argmax(1).eq(torch.arange(20)).float().mean() > 0.7
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "bert")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(MODELS / "bert")(**tokenizer("A red dog.", return_tensors="pt")).last_hidden_state
+    assert hidden.shape[2] == 64
+    assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 8 * 2**20
