@@ -5,6 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from surf import cli
 from surf import config as schema
 from surf.errors import SurfError
 from surf.shards import part_names
@@ -63,13 +64,13 @@ localrules:
 
 def flags(stage):
     """Flags of a stage that change its results. A change of `params` is what makes Snakemake rerun a job."""
-    return schema.flags(**{name: getattr(cfg, name) for name in SECTIONS[stage]})
+    return cli.flags(**{name: getattr(cfg, name) for name in SECTIONS[stage]})
 
 
 def knobs(stage):
     """Flags of a stage that change its speed only (batch sizes, image folders). They stand in the command but not in
     `params`: changing them reruns nothing."""
-    text = schema.knobs(**{name: getattr(cfg, name) for name in SECTIONS[stage]})
+    text = cli.knobs(**{name: getattr(cfg, name) for name in SECTIONS[stage]})
     text = text.replace("{", "{{").replace("}", "}}")
     return f" {text}"
 

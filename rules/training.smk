@@ -47,5 +47,6 @@ rule finetune:
         processes=cfg.finetune.processes,
     shell:
         "export OMP_NUM_THREADS=$(( {threads} / {params.processes} > 0 ? {threads} / {params.processes} : 1 )); "
-        "torchrun --standalone --nproc-per-node {params.processes} -m surf.finetune --pairs {input} --out $(dirname {output})"
+        "torchrun --standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
+        " --nproc-per-node {params.processes} -m surf.finetune --pairs {input} --out $(dirname {output})"
         f" --seed {{params.seed}} {{params.flags}}{knobs('finetune')} >> {{log}} 2>&1"

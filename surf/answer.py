@@ -88,7 +88,7 @@ def main() -> None:
     images = Images(args.images.roots, args.images.max_pixels, cached=256)
     responder = lvlm.load(args.lvlm, images)
     clock.loaded()
-    flags = config.flags(lvlm=args.lvlm, answer=args.answer)
+    flags = cli.flags(lvlm=args.lvlm, answer=args.answer)
     version = args.answer.version
     partial = store.Partial(args.out, "answers", flags=flags, version=version, seed=args.seed, input=store.digest(rounds))
     result, errors = answer(rounds, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)

@@ -92,7 +92,7 @@ def main() -> None:
     for index, name in enumerate(part_names(args.shards)):
         rows = row_range(table.num_rows, index, args.shards)
         parts.append(args.out / f"{name}.parquet")
-        meta = {"stage": "catalog", "version": args.catalog.version, "flags": config.flags(catalog=args.catalog)}
+        meta = {"stage": "catalog", "version": args.catalog.version, "flags": cli.flags(catalog=args.catalog)}
         store.write_table(parts[-1], table.slice(rows.start, len(rows)), "catalog", meta)
     merge.merge("catalog", parts, args.out / store.MANIFEST)
     log.info("%d image-caption pairs in %d shards", table.num_rows, args.shards)

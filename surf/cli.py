@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from surf.config import SECTIONS, explain
+from surf.config import SECTIONS, Section, explain
 from surf.errors import SurfError
 
 log = logging.getLogger("surf")
@@ -49,6 +50,32 @@ def parse(
     for name in sections:
         values[name] = _section(name, {key: values.pop(f"{name}.{key}") for key in SECTIONS[name].model_fields})
     return argparse.Namespace(**values)
+
+
+def flags(**sections: Section) -> str:
+    """The keys that change results, as command-line flags: `--answer.temperature=0.0`.
+
+    Together with `knobs` they say all there is to know, so the printed command can be pasted into a shell;
+    `parse` reads them back.
+    """
+    return _render(sections, None)
+
+
+def knobs(**sections: Section) -> str:
+    """The keys that change speed and places only, as command-line flags. They are kept apart so that they rerun nothing."""
+    return _render(sections, "knob")
+
+
+def _render(sections: dict[str, Section], role: str | None) -> str:
+    words = []
+    for name, section in sections.items():
+        values = section.model_dump(mode="json")
+        for key, field in type(section).model_fields.items():
+            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+            if extra.get("role") == role:
+                value = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+                words.append(f"--{name}.{key}={value}")
+    return shlex.join(words)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -4,8 +4,6 @@ A section belongs to the stage of the same name; `version` is bumped by hand whe
 results, so that Snakemake reruns it. `surf.describe` makes the documentation of all keys from here.
 """
 
-import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -351,32 +349,6 @@ def explain(error: ValidationError) -> str:
             message = item["msg"][0].lower() + item["msg"][1:]
             lines.append(f"{key} = {_short(item['input'])}: {message}")
     return "\n  ".join(lines)
-
-
-def flags(**sections: Section) -> str:
-    """The keys that change results, as command-line flags: `--answer.temperature=0.0`.
-
-    Together with `knobs` they say all there is to know, so the printed command can be pasted into a shell;
-    `surf.cli.parse` reads them back.
-    """
-    return _render(sections, None)
-
-
-def knobs(**sections: Section) -> str:
-    """The keys that change speed and places only, as command-line flags. They are kept apart so that they rerun nothing."""
-    return _render(sections, "knob")
-
-
-def _render(sections: dict[str, Section], role: str | None) -> str:
-    words = []
-    for name, section in sections.items():
-        values = section.model_dump(mode="json")
-        for key, field in type(section).model_fields.items():
-            extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-            if extra.get("role") == role:
-                value = values[key] if isinstance(values[key], str) else json.dumps(values[key])
-                words.append(f"--{name}.{key}={value}")
-    return shlex.join(words)
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from surf import cli, config, quarantine, store
+from surf import cli, quarantine, store
 from surf.images import Images
 from surf.models import Encoder
 from surf.schemas import with_dim
@@ -64,7 +64,7 @@ def main() -> None:
     table = store.read_table(args.catalog, "catalog", ["image_id", "image"])
     encoder = clip.load(args.embed, Images(args.images.roots, args.images.max_pixels))
     clock.loaded()
-    flags = config.flags(embed=args.embed)
+    flags = cli.flags(embed=args.embed)
     partial = store.Partial(args.out, "embeddings", flags=flags, version=args.embed.version, input=store.digest(table))
     result, errors = embed(table, encoder, partial)
     quarantine.settle(

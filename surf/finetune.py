@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 import warnings
@@ -23,17 +22,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surf import __version__, cli, store
-from surf.config import Finetune, Images, Lvlm, flags
+from surf import __version__, checkpoints, cli, store
+from surf.config import Finetune, Images, Lvlm
 from surf.errors import SurfError
-from surf.processing import Sample, collate, load_processor, make_samples
+from surf.processing import load_processor
+from surf.samples import Sample, collate, make_samples
 
 log = logging.getLogger("surf")
 
-_WHOLE = "_whole"  # marks a checkpoint that every process has finished writing
-
 
 def main() -> None:
+    """Command line."""
     args = cli.parse(
         None,
         prog="finetune",
@@ -45,7 +44,7 @@ def main() -> None:
     if "RANK" not in os.environ:  # not started by torchrun: be the one process of a group of one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: any free port
-    log.setLevel(logging.ERROR if _rank() else logging.INFO)  # one voice
+    log.setLevel(logging.ERROR if checkpoints.rank() else logging.INFO)  # one voice
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     train(args.pairs, args.out, seed=args.seed, finetune=args.finetune, lvlm=args.lvlm, images=args.images)
 
@@ -67,18 +66,18 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
         "version": Finetune.version,
         "base_model": lvlm.model,
         "seed": seed,
-        "flags": flags(finetune=finetune, lvlm=lvlm, images=images),  # no knobs: they change no weight
+        "flags": cli.flags(finetune=finetune, lvlm=lvlm, images=images),  # no knobs: they change no weight
         "pairs": store.digest(table),
     }
-    text = json.dumps([facts, _weights_of(lvlm.model)], sort_keys=True)
+    text = json.dumps([facts, checkpoints.weights_of(lvlm.model)], sort_keys=True)
     run = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "result": None}
-    if _is_finished(out, run):
+    if checkpoints.restore(out, run):
         return
     processor = load_processor(lvlm)
     samples, dropped = make_samples(store.rows(table), processor, finetune, lvlm, where=str(pairs))
     with _signals() as caught:
         arguments = _arguments(out / "_checkpoints", seed, finetune, lvlm)  # joins the group of processes
-        checkpoint = _share(None if _rank() else _last_checkpoint(out / "_checkpoints", run))
+        checkpoint = _share(None if checkpoints.rank() else checkpoints.last(out / "_checkpoints", run))
         model, trainable = _load(lvlm, finetune, arguments, checkpoint)
         collator = partial(collate, processor=processor, lvlm=lvlm, images=images)
         trainer = _trainer(model, arguments, samples, collator, processor, caught)
@@ -102,13 +101,13 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
         "loss": curve[-1]["loss"],
         "loss_curve": curve,
     }
-    _write(trainer, out, {**run, "result": result})
+    checkpoints.publish(trainer, out, {**run, "result": result})
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def _arguments(checkpoints: Path, seed: int, finetune: Finetune, lvlm: Lvlm) -> Any:
+def _arguments(folder: Path, seed: int, finetune: Finetune, lvlm: Lvlm) -> Any:
     import torch
     from transformers import TrainingArguments
 
@@ -136,7 +135,7 @@ def _arguments(checkpoints: Path, seed: int, finetune: Finetune, lvlm: Lvlm) -> 
             },
         }
     return TrainingArguments(
-        output_dir=str(checkpoints),
+        output_dir=str(folder),
         per_device_train_batch_size=finetune.batch_size,
         gradient_accumulation_steps=finetune.accumulation,
         num_train_epochs=finetune.epochs,
@@ -229,8 +228,8 @@ def _trainer(model: Any, arguments: Any, samples: list[Sample], collator: Any, p
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _any_process(False, args.device)  # every process has written its part
-            if not _rank():
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+            if not checkpoints.rank():
+                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.WHOLE).touch()
 
     trainer: Any = Trainer(
         model=model,
@@ -260,79 +259,7 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _is_finished(out: Path, run: dict[str, Any]) -> bool:
-    """Whether this very run has been completed before; `model.json`, which Snakemake may have deleted, is then put back."""
-    before = _read_run(out / "_checkpoints")
-    if before.get("fingerprint") != run["fingerprint"] or not before.get("result") or not any(out.glob("*.safetensors")):
-        return False
-    log.info("%s was finished before: nothing to train", out)
-    if not _rank():
-        store.write_json(out / "model.json", before["result"])
-    return True
-
-
-def _last_checkpoint(checkpoints: Path, run: dict[str, Any]) -> str | None:
-    """The last whole checkpoint of this run. All others are deleted: of other runs, and those that a kill left torn."""
-    same = _read_run(checkpoints).get("fingerprint") == run["fingerprint"]
-    found = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    whole = [path for path in found if same and (path / _WHOLE).exists()]
-    for path in found:
-        if path not in whole:
-            shutil.rmtree(path, ignore_errors=True)
-    store.write_json(checkpoints / "run.json", run)
-    if whole:
-        log.info("going on from %s", whole[-1])
-    return str(whole[-1]) if whole else None
-
-
-def _read_run(checkpoints: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((checkpoints / "run.json").read_bytes()))
-    except (OSError, ValueError):
-        return {}
-
-
-def _write(trainer: Any, out: Path, run: dict[str, Any]) -> None:
-    """Write the model folder: into a folder beside it, then file by file into place, `model.json` last."""
-    import torch
-
-    checkpoints = out / "_checkpoints"
-    fresh = checkpoints / "_result"
-    if not _rank():
-        shutil.rmtree(fresh, ignore_errors=True)
-    if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
-        trainer.model.to(torch.bfloat16)
-    trainer.save_model(str(fresh))  # every process takes part: ZeRO-3 gathers the weights
-    if not _rank():
-        (fresh / "training_args.bin").unlink(missing_ok=True)
-        for old in [out / "model.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
-            old.unlink(missing_ok=True)
-        for new in fresh.iterdir():
-            if new.is_dir():
-                shutil.rmtree(out / new.name, ignore_errors=True)
-            os.replace(new, out / new.name)
-        fresh.rmdir()
-        store.write_json(checkpoints / "run.json", run)
-        store.write_json(out / "model.json", run["result"])
-        for path in checkpoints.glob("checkpoint-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _weights_of(model: str) -> list[list[Any]]:
-    """Sizes and times of a local model's files: an exchanged base model must not be trained on from old checkpoints."""
-    files = sorted([*Path(model).glob("*.safetensors"), *Path(model).glob("*.json")]) if Path(model).is_dir() else []
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
 # --- processes --------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _any_process(flag: bool, device: Any) -> bool:

@@ -172,7 +172,7 @@ def main() -> None:
             if row[kind]:
                 reference = found[row[kind]["image_id"]]
                 row[kind] = {**row[kind], "image": reference.image, "caption": reference.caption}
-    flags = config.flags(pair=args.pair, score=args.score)
+    flags = cli.flags(pair=args.pair, score=args.score)
     meta = {"stage": "pair", "version": args.pair.version, "flags": flags, "counts": counts}
     store.write_table(args.out, store.table_of(chosen, "pairs"), "pairs", meta)
     store.write_json_rows(args.json, [original_json(row) for row in chosen])

@@ -172,7 +172,7 @@ def _answer(words: Sequence[str]) -> None:
     responder = lvlm.load(args.lvlm, images, str(args.model) if args.model else None)
     clock.loaded()
     # resamples belong to the table, and no folder name says which weights lie in it
-    flags = f"--references {args.references} --pope.max_new_tokens={args.pope.max_new_tokens} {config.flags(lvlm=args.lvlm)}"
+    flags = f"--references {args.references} --pope.max_new_tokens={args.pope.max_new_tokens} {cli.flags(lvlm=args.lvlm)}"
     version = config.Pope.version
     card = args.model / "model.json" if args.model else None
     partial = store.Partial(

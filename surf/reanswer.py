@@ -167,7 +167,7 @@ def main() -> None:
     images = Images(args.images.roots, args.images.max_pixels, cached=1024)
     responder = lvlm.load(args.lvlm, images)
     clock.loaded()
-    flags = config.flags(lvlm=args.lvlm, answer=args.answer, reanswer=args.reanswer, score=args.score)
+    flags = cli.flags(lvlm=args.lvlm, answer=args.answer, reanswer=args.reanswer, score=args.score)
     version = f"{args.reanswer.version}.{args.answer.version}"
     inputs = [store.footer(path)[1]["digest"] for path in (args.rounds, args.scores, args.neighbors)]
     partial = store.Partial(

@@ -132,7 +132,7 @@ def main() -> None:
     clock.loaded()
     vectors = np.stack([known[name] for name in names]) if names else np.zeros((0, index.d), np.float32)
     table = retrieve(names, vectors, index, corpus, args.retrieve)
-    flags = config.flags(retrieve=args.retrieve, embed=args.embed)
+    flags = cli.flags(retrieve=args.retrieve, embed=args.embed)
     meta = {"stage": "retrieve", "version": args.retrieve.version, "flags": flags}
     store.write_table(args.out, table, "neighbors", meta)
     clock.note(args.out, len(names))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = store.read_table(args.rounds, "rounds", ["round_id", "answer", "task"])
     responses = store.read_table(args.responses, args.dataset)
     table = score(rounds, responses, args.score, scorer(args.score, progress=True), where=str(args.responses))
-    meta = {"stage": "score", "version": args.score.version, "flags": config.flags(score=args.score)}
+    meta = {"stage": "score", "version": args.score.version, "flags": cli.flags(score=args.score)}
     store.write_table(args.out, table, f"scores/{args.dataset}", meta)
     correct = table.column("correct").to_pylist()
     log.info(

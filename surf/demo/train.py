@@ -49,7 +49,8 @@ class Recipe:
     image_steps: int = 1000
     image_rate: float = 1.5e-3
     reference_share: float = 0.5  # of the training prompts, with one to three references
-    trust: float = 0.93  # of those references, true re-renders; the others are look-alikes
+    trust: float = 0.93  # of those references, clear re-renders of the query scene: the model learns to believe them
+    stray: float = 0.0  # of those references, unrelated scenes; the rest are look-alikes
     bert_steps: int = 400
     threads: int = 2
     device: str = "cpu"

@@ -225,9 +225,16 @@ def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> No
         scene, other = bank[number]
         captions, images = [], []
         for _ in range(references):
-            true = rng.random() < recipe.trust
-            captions.append(q.caption(scene if true else other, rng))
-            images.append(3 * number + (1 if true else 2))
+            kind = rng.random()
+            if kind < recipe.trust:
+                shown, view = scene, 3 * number + 1
+            elif kind < recipe.trust + recipe.stray:
+                stranger = rng.randrange(len(bank))
+                shown, view = bank[stranger][0], 3 * stranger + 1
+            else:
+                shown, view = other, 3 * number + 2
+            captions.append(q.caption(shown, rng))
+            images.append(view)
         images = [] if blind else [*images, 3 * number]
         return pack(encode, captions, images, sample_rounds(scene, rng))
 

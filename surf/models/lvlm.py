@@ -35,8 +35,7 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             where=f"lvlm.model = {name!r}",
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
-    network.to(torch.device(device))
-    return Lvlm(network.eval(), processor, images, options)
+    return Lvlm(network.eval().to(device), processor, images, options)
 
 
 class Lvlm:

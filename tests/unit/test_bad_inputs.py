@@ -132,7 +132,8 @@ def test_answers_in_place_of_rounds(here, capsys):
 
 def test_manifests_that_are_none(here, capsys):
     (here / "m.json").write_text("{")
-    words = "--queries rounds.parquet --dataset rounds --index i --embeddings m.json --catalog _manifest.json --out o --quarantine q"
+    words = "--queries rounds.parquet --dataset rounds --index i --embeddings m.json --out o --quarantine q"
+    words += " --catalog _manifest.json"
     assert "_manifest.json: there is no such file" in fail(capsys, retrieve.main, words)
     words = "--rounds m.json --scores-answers m.json --scores-reanswers m.json --neighbors m.json --catalog m.json"
     assert "m.json: cannot be read" in fail(capsys, pair.main, f"{words} --out p.parquet --json p.json")

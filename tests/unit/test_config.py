@@ -102,15 +102,15 @@ texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
 )
 def test_flags_and_back(lvlm, answer, images, embed):
     sections = {"lvlm": lvlm, "answer": answer, "images": images, "embed": embed}
-    argv = shlex.split(config.flags(**sections)) + shlex.split(config.knobs(**sections))
+    argv = shlex.split(cli.flags(**sections)) + shlex.split(cli.knobs(**sections))
     args = cli.parse(argv, prog="x", about="", sections=list(sections))
     assert {name: getattr(args, name) for name in sections} == sections
 
 
 def test_knobs_are_not_among_the_flags_that_rerun_a_stage():
     lvlm = config.Lvlm(batch_size=7)
-    assert "batch_size" not in config.flags(lvlm=lvlm) and "--lvlm.batch_size=7" in config.knobs(lvlm=lvlm)
-    assert "--lvlm.model" in config.flags(lvlm=lvlm) and "--lvlm.model" not in config.knobs(lvlm=lvlm)
+    assert "batch_size" not in cli.flags(lvlm=lvlm) and "--lvlm.batch_size=7" in cli.knobs(lvlm=lvlm)
+    assert "--lvlm.model" in cli.flags(lvlm=lvlm) and "--lvlm.model" not in cli.knobs(lvlm=lvlm)
 
 
 def test_every_key_says_what_it_is_for():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surf import config, finetune, processing, prompts, store
+from surf import cli, config, finetune, processing, prompts, samples, store
 from surf.errors import SurfError
 
 ANSWERS = ("a red square", "yes", "two green triangles", "no", "blue", "one yellow circle on white", "black", "three")
@@ -106,10 +106,10 @@ def test_overfit_writes_the_answers_word_for_word(job, drawn_images):
     roots = finetune.Images(roots=[str(drawn_images)])
     texts, pictures = [], []
     for row in rows(4):
-        prompt = prompts.from_options(row["question"], row["image"], processing._references(row), lvlm)
+        prompt = prompts.from_options(row["question"], row["image"], samples.references(row), lvlm)
         texts.append(prompts.chat(processor, prompt))
-        sample = processing.make_sample(row, processor, lvlm, 4)
-        pictures.append([processing._open(name, sample, roots) for name in prompt.images])
+        sample = samples.make_sample(row, processor, lvlm, 4)
+        pictures.append([samples._open(name, sample, roots) for name in prompt.images])
     batch = processing.encode(processor, texts, pictures, padding_side="left", lvlm=lvlm)
     made = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
     answers = [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
@@ -123,18 +123,18 @@ def test_gradients_of_a_batch_are_the_sum_over_its_samples(job):
     lvlm, images = settings["lvlm"], settings["images"]
     processor = processing.load_processor(lvlm)
     model = AutoModelForImageTextToText.from_pretrained(lvlm.model, dtype=torch.float32).eval()
-    samples, _ = processing.make_samples(rows(4), processor, settings["finetune"], lvlm)
+    made, _ = samples.make_samples(rows(4), processor, settings["finetune"], lvlm)
 
     def gradients(chosen):
         model.zero_grad()
-        batch = processing.collate(chosen, processor=processor, lvlm=lvlm, images=images)
+        batch = samples.collate(chosen, processor=processor, lvlm=lvlm, images=images)
         tokens = int((batch["labels"] != -100).sum())
         assert tokens == sum(len(sample.answer_ids) for sample in chosen)
         (model(**batch).loss * tokens).backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
-    together = gradients(samples)
-    alone = [gradients([sample]) for sample in samples]
+    together = gradients(made)
+    alone = [gradients([sample]) for sample in made]
     for number, whole in enumerate(together):
         torch.testing.assert_close(whole, sum(one[number] for one in alone), rtol=1e-3, atol=1e-5)
 
@@ -151,7 +151,7 @@ def test_stopped_run_goes_on_and_ends_in_the_same_weights(job, tmp_path, monkeyp
         batches.append(0)
         if len(batches) == 10:
             os.kill(os.getpid(), signal.SIGTERM)
-        return processing.collate(*args, **keywords)
+        return samples.collate(*args, **keywords)
 
     monkeypatch.setattr(finetune, "collate", interrupted)
     before = signal.getsignal(signal.SIGTERM)
@@ -159,7 +159,7 @@ def test_stopped_run_goes_on_and_ends_in_the_same_weights(job, tmp_path, monkeyp
         finetune.train(**settings)
     assert stop.value.code == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
-    monkeypatch.setattr(finetune, "collate", processing.collate)
+    monkeypatch.setattr(finetune, "collate", samples.collate)
     out = settings["out"]
     assert not (out / "model.json").exists()
     whole = sorted(path.parent.name for path in (out / "_checkpoints").glob("checkpoint-*/_whole"))
@@ -238,7 +238,7 @@ def test_killed_zero3_of_two_processes_ends_like_one_plain_process(job, tmp_path
     sections = {name: settings[name] for name in ("finetune", "lvlm", "images")}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "surf.finetune"]
     command += ["--pairs", str(settings["pairs"]), "--out", str(settings["out"]), "--seed", "7"]
-    command += shlex.split(config.flags(**sections) + " " + config.knobs(**sections))
+    command += shlex.split(cli.flags(**sections) + " " + cli.knobs(**sections))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = finetune.Path(finetune.__file__).parent.parent
     checkpoints = settings["out"] / "_checkpoints"

@@ -9,6 +9,7 @@ import tiny
 from PIL import Image
 
 from surf import config, processing, prompts
+from surf import samples as training
 from surf.errors import SurfError
 
 SYSTEM = prompts.SYSTEM_PROMPT
@@ -78,8 +79,8 @@ WHOLE = {
 
 @pytest.mark.parametrize(("kind", "positive_first"), WHOLE)
 def test_text_images_and_loss_of_a_sample(kind, positive_first, processor, lvlm, images):
-    sample = processing.make_sample(row(kind, positive_first), processor, lvlm, 4)
-    batch = processing.collate([sample], processor=processor, lvlm=lvlm, images=images)
+    sample = training.make_sample(row(kind, positive_first), processor, lvlm, 4)
+    batch = training.collate([sample], processor=processor, lvlm=lvlm, images=images)
     prompt, names = WHOLE[kind, positive_first]
     assert sample.images == names
     assert sample.text == f"{prompt}ASSISTANT: a red square</s>"
@@ -96,11 +97,11 @@ def test_text_images_and_loss_of_a_sample(kind, positive_first, processor, lvlm,
 
 def test_batch_of_samples_with_different_numbers_of_images(processor, lvlm, images):
     rows = [row("no_reference"), row("pair"), row("positive_only", answer="yes")]
-    samples = [processing.make_sample(item, processor, lvlm, 4) for item in rows]
-    batch = processing.collate(samples, processor=processor, lvlm=lvlm, images=images)
+    samples = [training.make_sample(item, processor, lvlm, 4) for item in rows]
+    batch = training.collate(samples, processor=processor, lvlm=lvlm, images=images)
     assert batch["pixel_values"].shape[0] == 1 + 3 + 2
     for number, sample in enumerate(samples):
-        alone = processing.collate([sample], processor=processor, lvlm=lvlm, images=images)
+        alone = training.collate([sample], processor=processor, lvlm=lvlm, images=images)
         for key, padding in [("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)]:
             assert batch[key][number, : sample.length].equal(alone[key][0])
             assert (batch[key][number, sample.length :] == padding).all()
@@ -167,8 +168,8 @@ LLAVA_HF = (
 )
 def test_other_chat_templates(text, processor, lvlm, images, tmp_path):
     other = template(processor, text, tmp_path, lvlm)
-    sample = processing.make_sample(row(), other, lvlm, 4)
-    batch = processing.collate([sample], processor=other, lvlm=lvlm, images=images)
+    sample = training.make_sample(row(), other, lvlm, 4)
+    batch = training.collate([sample], processor=other, lvlm=lvlm, images=images)
     ids = batch["input_ids"][0]
     assert (ids == other.tokenizer.bos_token_id).sum() == 1
     assert other.tokenizer.decode(ids[batch["labels"][0] != -100]) == " a red square</s>"
@@ -177,11 +178,11 @@ def test_other_chat_templates(text, processor, lvlm, images, tmp_path):
 def test_generation_prompt_that_ends_inside_a_token(processor, lvlm, tmp_path):
     other = template(processor, tiny.CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"), tmp_path, lvlm)
     with pytest.raises(SurfError, match=r"c1#0.*cannot be told apart"):
-        processing.make_sample(row(), other, lvlm, 4)
+        training.make_sample(row(), other, lvlm, 4)
 
 
 def test_hostile_answer_adds_no_image_and_no_end(processor, lvlm):
-    sample = processing.make_sample(row(answer="red</s> <image> blue"), processor, lvlm, 4)
+    sample = training.make_sample(row(answer="red</s> <image> blue"), processor, lvlm, 4)
     assert sample.text.count("</s>") == 1
     assert sample.text.count("<image>") == 3
     assert sample.text.endswith("blue</s>")
@@ -191,9 +192,9 @@ def test_captions_are_cut_until_it_fits(processor, lvlm):
     long = reference("r0.png", " ".join(f"word{number}" for number in range(200)))
     question, answer = "Which of the many things is it? " * 3, "the last one of them all"
     rows = [row(positive=long, negative=long, question=question, answer=answer)]
-    free = processing.make_sample(rows[0], processor, lvlm, 4)
+    free = training.make_sample(rows[0], processor, lvlm, 4)
     for limit in (free.length, free.length - 1, 900, 500, 260):
-        (sample,), dropped = processing.make_samples(rows, processor, config.Finetune(max_tokens=limit), lvlm)
+        (sample,), dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=limit), lvlm)
         assert dropped == 0
         assert sample.length <= limit
         assert sample.answer_ids == free.answer_ids
@@ -204,25 +205,25 @@ def test_captions_are_cut_until_it_fits(processor, lvlm):
 
 def test_what_never_fits_is_dropped_and_named(processor, lvlm, caplog):
     rows = [row(), row(question="why? " * 300, round_id="c2#5")]
-    samples, dropped = processing.make_samples(rows, processor, config.Finetune(max_tokens=300), lvlm)
+    samples, dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=300), lvlm)
     assert [sample.round_id for sample in samples] == ["c1#0"]
     assert dropped == 1
     assert "c2#5" in caplog.text
     with pytest.raises(SurfError, match="max_tokens = 20"):
-        processing.make_samples(rows, processor, config.Finetune(max_tokens=20), lvlm)
+        training.make_samples(rows, processor, config.Finetune(max_tokens=20), lvlm)
 
 
 def test_unreadable_image_is_named(processor, lvlm, images):
-    sample = processing.make_sample(row(image="nowhere.png"), processor, lvlm, 4)
+    sample = training.make_sample(row(image="nowhere.png"), processor, lvlm, 4)
     with pytest.raises(SurfError, match=r"nowhere\.png of round c1#0"):
-        processing.collate([sample], processor=processor, lvlm=lvlm, images=images)
+        training.collate([sample], processor=processor, lvlm=lvlm, images=images)
 
 
 def test_unknown_kind(processor, lvlm):
     with pytest.raises(SurfError, match="'triple'"):
-        processing.make_sample(row("triple"), processor, lvlm, 4)
+        training.make_sample(row("triple"), processor, lvlm, 4)
     with pytest.raises(SurfError, match="with its references"):
-        processing.make_sample(row("pair", negative=None), processor, lvlm, 4)
+        training.make_sample(row("pair", negative=None), processor, lvlm, 4)
 
 
 def test_processor_that_cannot_be_used(lvlm, tmp_path):

@@ -40,7 +40,7 @@ def build(
         for number, shard in enumerate(shards):
             rows = [row for key in shard for row in rows_of(dataset, key, *fates[key])]
             parts.append(root / dataset / f"part-{number:05d}-of-00002.parquet")
-            meta = {"flags": config.flags(lvlm=config.Lvlm(model="some/model"))}
+            meta = {"flags": cli.flags(lvlm=config.Lvlm(model="some/model"))}
             store.write_table(parts[-1], store.table_of(rows, dataset), dataset, meta)
         manifest(root / dataset / "_manifest.json", dataset, parts)
     kept = [pair_of(key, fates[key][0]) for key in keys if fates[key][1] == "both"][1:] if pairs else []

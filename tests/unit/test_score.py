@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from surf import config, score, store
+from surf import cli, config, score, store
 from surf.errors import SurfError
 
 OPTIONS = config.Score()
@@ -155,7 +155,7 @@ def test_command_line(tmp_path, dataset):
     meta = store.footer(tmp_path / "out.parquet")[1]
     assert meta["stage"] == "score"
     assert meta["version"] == str(config.Score.version)
-    assert meta["flags"] == config.flags(score=config.Score(iou=0.4, bertscore_model="there/is/no/such/model"))
+    assert meta["flags"] == cli.flags(score=config.Score(iou=0.4, bertscore_model="there/is/no/such/model"))
 
 
 def test_the_wrong_dataset_is_refused(tmp_path):

@@ -7,7 +7,6 @@ from flow import TRIGGERS, Workflow
 
 from surf import store
 
-
 CHEAP = {"merge", "all", "report", "pope", "resolved_config"}
 
 
@@ -22,7 +21,7 @@ def finished(tmp_path_factory):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"content of {name}")
-    made.run("--touch", *TRIGGERS)
+    made.run("--touch", "--forceall", *TRIGGERS)
     assert made.plan() == {}
     return made
 
