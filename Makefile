@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: example test lint install slurm clean
 
+# The models are tiny and run on the CPU: two of them at a time are fine.
 example: .venv/installed ## the whole pipeline on the embedded world; then open results/report.html
-	$(BIN)/snakemake --profile profiles/local
+	$(BIN)/snakemake --profile profiles/local --resources gpu=2
 
 test: .venv/installed-dev lint ## everything that CI runs
 	$(BIN)/python -m pytest tests

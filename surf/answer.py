@@ -36,22 +36,21 @@ def answer(
     finished = {row["round_id"] for row in done}
     todo = [row for row in store.rows(rounds) if row["round_id"] not in finished]
     errors: dict[str, str] = {}
-    for start in cli.progress(range(0, len(todo), options.flush_rows), desc="answer", unit=f"x{options.flush_rows} rounds"):
-        chunk = todo[start : start + options.flush_rows]
+    for chunk in cli.chunks(todo, options.flush_rows, desc="answer", unit="round"):
         bad = unreadable(images, (row["image"] for row in chunk))
         errors.update({row["round_id"]: bad[row["image"]] for row in chunk if row["image"] in bad})
-        chunk = [row for row in chunk if row["image"] not in bad]
+        asked = [row for row in chunk if row["image"] not in bad]
         requests = [
             Request(prompts.from_options(row["question"], row["image"], (), lvlm), stable_hash(seed, row["round_id"], -1))
-            for row in chunk
+            for row in asked
         ]
         texts = responder.respond(requests, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-        golds: list[float | None] = [None] * len(chunk)
+        golds: list[float | None] = [None] * len(asked)
         if options.gold_loglik:
-            golds = list(responder.loglik(requests, [row["answer"] for row in chunk]))
+            golds = list(responder.loglik(requests, [row["answer"] for row in asked]))
         fresh = [
             {"round_id": row["round_id"], "rank": -1, "image_id": None, "response": text, "gold_loglik": gold}
-            for row, text, gold in zip(chunk, texts, golds, strict=True)
+            for row, text, gold in zip(asked, texts, golds, strict=True)
         ]
         partial.save(store.table_of(fresh, "answers"))
         done += fresh

@@ -41,7 +41,7 @@ def build_index(manifest: Path, options: config.BuildIndex, seed: int) -> tuple[
     index = faiss.IndexIDMap2(inner)
     if not inner.is_trained:
         inner.train(_sample(parts, seed))
-    for part in cli.progress(parts, desc="build_index", unit="part"):
+    for (part,) in cli.chunks(parts, 1, desc="build_index", unit="part"):
         ids, vectors = read_vectors(part)
         if len(ids):
             index.add_with_ids(vectors, ids)

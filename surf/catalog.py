@@ -34,7 +34,7 @@ def catalog(options: config.Catalog) -> tuple[pa.Table, dict[str, str]]:
     errors: dict[str, str] = {}
     cuts = 0
     for name in options.captions:
-        for number, row in enumerate(_rows(Path(name))):
+        for number, row in enumerate(store.read_rows(Path(name), "a list of image-caption pairs (catalog.captions)")):
             try:
                 image, caption = _pair(row)
             except ValueError as error:
@@ -50,13 +50,6 @@ def catalog(options: config.Catalog) -> tuple[pa.Table, dict[str, str]]:
         log.warning("%d captions were longer than catalog.max_caption_chars and were cut", cuts)
     columns = [pa.array(range(len(images)), pa.int64()), pa.array(images, pa.string()), pa.array(captions, pa.string())]
     return pa.table(columns, schema=SCHEMAS["catalog"]), errors
-
-
-def _rows(path: Path) -> list[Any]:
-    rows = store.read_json(path, expected="a list of image-caption pairs (catalog.captions)")
-    if not isinstance(rows, list) or not rows:
-        raise SurfError("holds no rows", where=str(path), expected="a list of image-caption pairs (catalog.captions)")
-    return rows
 
 
 def _pair(row: Any) -> tuple[str, str]:

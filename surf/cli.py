@@ -5,7 +5,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,12 +90,19 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def progress(items: Iterable[T], *, total: int | None = None, desc: str = "", unit: str = "row") -> Iterable[T]:
-    """Progress with rate and ETA; on a terminal twice a second, in a log file every ten seconds."""
+def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:
+    """`items` in slices of `size`, with a progress bar that shows rate and ETA.
+
+    A slice counts when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
+    """
     from tqdm import tqdm
 
     interval = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(items, total=total, desc=desc, unit=unit, mininterval=interval, dynamic_ncols=True, smoothing=0.1)
+    with tqdm(total=len(items), desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True) as bar:
+        for start in range(0, len(items), size):
+            chunk = items[start : start + size]
+            yield chunk
+            bar.update(len(chunk))
 
 
 def _section(name: str, given: dict[str, str | None]) -> Any:

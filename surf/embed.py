@@ -29,8 +29,7 @@ def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[
     tables = [done] if done.num_rows else []
     todo = [image_id for image_id in names if image_id not in finished]
     errors: dict[str, str] = {}
-    for start in cli.progress(range(0, len(todo), FLUSH), desc="embed", unit=f"x{FLUSH} images"):
-        ids = todo[start : start + FLUSH]
+    for ids in cli.chunks(todo, FLUSH, desc="embed", unit="image"):
         vectors, bad = encoder.encode([names[image_id] for image_id in ids])
         errors.update(bad)
         readable = [image_id for image_id in ids if names[image_id] not in bad]

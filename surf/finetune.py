@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def main() -> None:
     log.setLevel(logging.ERROR if checkpoints.rank() else logging.INFO)  # one voice
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     train(args.pairs, args.out, seed=args.seed, finetune=args.finetune, lvlm=args.lvlm, images=args.images)
+    _leave()
 
 
 def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, images: Images) -> None:
@@ -57,9 +59,10 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
         SystemExit: 128 + the signal's number, after SIGTERM or SIGUSR1; a checkpoint has been saved.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != finetune.processes:
-        command = f"torchrun --standalone --nproc-per-node {finetune.processes} -m surf.finetune ..."
-        raise SurfError(f"runs as {world} processes", expected=f"finetune.processes = {finetune.processes}", next=command)
+    if world != finetune.processes * finetune.nodes:
+        expected = f"finetune.processes * finetune.nodes = {finetune.processes} * {finetune.nodes}"
+        command = f"torchrun --nnodes {finetune.nodes} --nproc-per-node {finetune.processes} -m surf.finetune ..."
+        raise SurfError(f"runs as {world} processes", expected=expected, next=command)
     table = store.read_table(pairs, "pairs")
     facts = {
         "package": __version__,
@@ -260,6 +263,18 @@ def _signals() -> Iterator[list[int]]:
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
+
+
+def _leave() -> None:
+    """End this process at once, with all the others: gloo's threads can abort an interpreter that shuts down at leisure."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _any_process(flag: bool, device: Any) -> bool:

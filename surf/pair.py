@@ -150,7 +150,7 @@ def main() -> None:
     parts = [store.parts_of(getattr(args, name), dataset) for name, dataset in datasets.items()]
     labelled: list[Row] = []
     counts: Counter[str] = Counter()
-    for shard in cli.progress(list(zip(*parts, strict=True)), desc="pair", unit="shard"):
+    for (shard,) in cli.chunks(list(zip(*parts, strict=True)), 1, desc="pair", unit="shard"):
         tables = [store.rows(store.read_table(path, dataset)) for path, dataset in zip(shard, datasets.values(), strict=True)]
         for row in label(tables[0], tables[1], tables[2], tables[3], args.score):
             labelled.append(row)

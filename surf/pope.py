@@ -105,8 +105,7 @@ def answer(
     """
     done = {row["question_id"]: row for row in store.rows(partial.read())}
     todo = [row for row in questions if row["question_id"] not in done]
-    for start in cli.progress(range(0, len(todo), FLUSH_ROWS), desc="pope", unit=f"x{FLUSH_ROWS} questions"):
-        chunk = todo[start : start + FLUSH_ROWS]
+    for chunk in cli.chunks(todo, FLUSH_ROWS, desc="pope", unit="question"):
         used = [references.get(row["image"], ()) for row in chunk]
         requests = [
             Request(

@@ -46,8 +46,8 @@ def reanswer(
     """
     done = {(row["round_id"], row["rank"]): row for row in store.rows(partial.read())}
     errors: dict[str, str] = {}
-    for start in cli.progress(range(0, len(wrong), answer.flush_rows), desc="reanswer", unit=f"x{answer.flush_rows} rounds"):
-        active = list(wrong[start : start + answer.flush_rows])
+    for chunk in cli.chunks(wrong, answer.flush_rows, desc="reanswer", unit="round"):
+        active = list(chunk)
         kinds: dict[str, set[bool | None]] = {row["round_id"]: set() for row in active}
         for rank in range(options.references):
             active = [row for row in active if rank < len(references.get(row["image"], ()))]

@@ -49,7 +49,7 @@ def split(options: config.Split) -> tuple[list[Round], dict[str, str], Counter[s
     left_out: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for name in options.conversations:
-        for number, row in enumerate(_rows(Path(name))):
+        for number, row in enumerate(store.read_rows(Path(name), "a list of conversations (split.conversations)")):
             if isinstance(row, dict) and "image" not in row:
                 left_out["text-only conversations"] += 1
                 continue
@@ -132,13 +132,6 @@ def _limit(rounds: list[Round], limit: int | None) -> list[Round]:
         kept.add(image)
         total += by_image[image]
     return [one for one in rounds if one.image in kept]
-
-
-def _rows(path: Path) -> list[Any]:
-    rows = store.read_json(path, expected="a list of conversations (split.conversations)")
-    if not isinstance(rows, list) or not rows:
-        raise SurfError("holds no rows", where=str(path), expected="a list of conversations (split.conversations)")
-    return rows
 
 
 def main() -> None:

@@ -74,6 +74,14 @@ def read_json(path: Path, *, expected: str = "a JSON file", next: str = "") -> A
         raise SurfError(f"cannot be read ({error})", where=str(path), expected=expected, next=next) from None
 
 
+def read_rows(path: Path, expected: str) -> list[Any]:
+    """Read a JSON file that must hold a list with at least one row; `expected` says of what, and which key names the file."""
+    rows = read_json(path, expected=expected)
+    if not isinstance(rows, list) or not rows:
+        raise SurfError("holds no rows", where=str(path), expected=expected)
+    return rows
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 

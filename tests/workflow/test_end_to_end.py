@@ -9,7 +9,7 @@ from flow import ROOT, Workflow
 from surf import store
 from surf.schemas import SCHEMAS
 
-PROFILE = ["--profile", "profiles/local"]
+PROFILE = ["--profile", "profiles/local", "--resources", "gpu=2"]
 SHARDED = ["catalog", "embeddings", "rounds", "answers", "neighbors", "reanswers", "scores/answers", "scores/reanswers"]
 
 
