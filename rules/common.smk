@@ -111,6 +111,28 @@ def check_sources():
         )
 
 
+def training_resources():
+    """Resources of `finetune`, on each node. Over several nodes it is what the SLURM plugin calls an MPI job: no srun
+    around the command, which brings its own."""
+    resources = {"gpu": cfg.finetune.processes, "gres": f"gpu:{cfg.finetune.processes}"}
+    if cfg.finetune.nodes > 1:
+        resources |= {"mpi": "srun", "nodes": cfg.finetune.nodes, "tasks": cfg.finetune.nodes, "tasks_per_gpu": 0}
+    return resources
+
+
+def torchrun():
+    """How the command of `finetune` begins: one torchrun here, or one on each node, which meet on the first node."""
+    if cfg.finetune.nodes == 1:
+        return "torchrun --standalone"
+    return (
+        ': "${{SLURM_JOB_ID:?is not set: finetune.nodes > 1 needs --profile slurm}}"; '
+        "nodes=$(squeue --noheader --jobs $SLURM_JOB_ID --format %N); head=$(scontrol show hostnames $nodes | sed -n 1p); "
+        "srun --nodes {resources.nodes} --ntasks {resources.tasks} --ntasks-per-node 1 --cpus-per-task {threads}"
+        " --gres {resources.gres} --kill-on-bad-exit=1 torchrun --nnodes {resources.nodes} --rdzv-backend c10d"
+        " --rdzv-id $SLURM_JOB_ID --rdzv-endpoint $head:$((20000 + SLURM_JOB_ID % 10000))"
+    )
+
+
 def pope_model(wildcards):
     """Input of a POPE job: the tuned model, where its method uses it."""
     return f"{RESULTS}/model/model.json" if cfg.pope.methods[wildcards.method].model == "tuned" else []

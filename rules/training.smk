@@ -2,7 +2,7 @@
 # in:  rounds/, scores/, neighbors/, catalog/
 # out: pairs.parquet, pairs.json, model/
 # 1. pair      hard positive and negative references, mixed and cut to size
-# 2. finetune  DeepSpeed through torchrun
+# 2. finetune  DeepSpeed through torchrun, on one node or several
 
 
 rule pair:
@@ -39,7 +39,7 @@ rule finetune:
         f"{RESULTS}/logs/finetune/finetune.log",
     threads: cfg.finetune.processes
     resources:
-        gpu=cfg.finetune.processes,
+        **training_resources(),
     params:
         flags=flags("finetune"),
         version=version("finetune"),
@@ -47,6 +47,6 @@ rule finetune:
         processes=cfg.finetune.processes,
     shell:
         "export OMP_NUM_THREADS=$(( {threads} / {params.processes} > 0 ? {threads} / {params.processes} : 1 )); "
-        "torchrun --standalone --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
+        f"{torchrun()} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
         " --nproc-per-node {params.processes} -m surf.finetune --pairs {input} --out $(dirname {output})"
         f" --seed {{params.seed}} {{params.flags}}{knobs('finetune')} >> {{log}} 2>&1"

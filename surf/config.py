@@ -199,7 +199,8 @@ class Pair(Section):
 class Finetune(Section):
     """DeepSpeed fine-tune. Defaults are the original's hyper-parameters."""
 
-    processes: Positive = Field(default=1, description="Processes (one a GPU) on one node.")
+    processes: Positive = Field(default=1, description="Processes (one a GPU) on each node.")
+    nodes: Positive = Field(default=1, description="Nodes; more than one needs SLURM.")
     epochs: float = Field(default=2, gt=0, description="Passes over the pairs.")
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak of the cosine schedule.")
     warmup_ratio: Share = Field(default=0.03, description="Share of the steps with a rising learning rate.")
