@@ -137,11 +137,11 @@ def test_a_lost_part_is_that_job_and_its_merge_and_nothing_after_it(finished):
     part = finished.folder / "results/answers/part-00001-of-00002.parquet"
     before = part.read_bytes()
     part.unlink()
-    assert jobs(finished.run(*PROFILE, "results/answers/part-00001-of-00002.parquet")) == ["answer"]
+    assert jobs(finished.run("results/answers/part-00001-of-00002.parquet", *PROFILE)) == ["answer"]
     assert part.read_bytes() == before
     assert "Nothing to be done" in finished.run(*PROFILE, "-n").output
     part.unlink()
-    assert jobs(finished.run(*PROFILE, "answers")) == ["answer", "merge", "answers"]
+    assert jobs(finished.run("answers", *PROFILE)) == ["answer", "merge", "answers"]
     assert "Nothing to be done" in finished.run(*PROFILE, "-n").output
 
 
@@ -149,11 +149,11 @@ def test_parts_of_another_number_of_shards_are_named_and_never_read(finished):
     stray = finished.folder / "results/rounds/part-00000-of-00004.parquet"
     shutil.copy(finished.folder / "results/rounds/part-00000-of-00002.parquet", stray)
     (finished.folder / "results/rounds/_manifest.json").unlink()
-    done = finished.run(*PROFILE, "rounds", check=False)
+    done = finished.run("rounds", *PROFILE, check=False)
     assert done.returncode != 0
     assert f"rm {stray.relative_to(finished.folder)}" in done.output
     stray.unlink()
-    finished.run(*PROFILE, "rounds")
+    finished.run("rounds", *PROFILE)
     assert "Nothing to be done" in finished.run(*PROFILE, "-n").output
 
 
