@@ -25,3 +25,10 @@ lint: .venv/installed-dev
 .venv/installed-dev: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+.PHONY: slurm-test slurm-faults
+slurm-test: .venv/installed ## the embedded example on a Slurm cluster of four nodes on this machine (root, Debian or Ubuntu)
+	$(BIN)/python tests/slurm/example.py
+
+slurm-faults: .venv/installed ## what a cluster's faults do to a run: the table of docs/cluster.md
+	$(BIN)/python tests/slurm/faults.py

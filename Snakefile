@@ -43,3 +43,8 @@ include: "rules/targets.smk"
 
 onstart:
     check_sources()
+    check_leftovers()
+
+
+onerror:
+    summary.show(log)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from surf import cli
+from surf import cli, summary
 from surf import config as schema
 from surf.errors import SurfError
 from surf.shards import part_names
@@ -111,13 +111,17 @@ def check_sources():
         )
 
 
+def check_leftovers():
+    """Before the first job: jobs that a killed run left in the queue would do the work a second time."""
+    if workflow.executor_plugin.name == "slurm" and (left := summary.leftovers(Path(workflow.workdir_init))):
+        raise WorkflowError(left)
+
+
 def training_resources():
-    """Resources of `finetune`, on each node. Over several nodes it is what the SLURM plugin calls an MPI job: no srun
-    around the command, which brings its own."""
-    resources = {"gpu": cfg.finetune.processes, "gres": f"gpu:{cfg.finetune.processes}"}
-    if cfg.finetune.nodes > 1:
-        resources |= {"mpi": "srun", "nodes": cfg.finetune.nodes, "tasks": cfg.finetune.nodes, "tasks_per_gpu": 0}
-    return resources
+    """Resources of `finetune`, on each node. Over several nodes the command brings its own srun: `mpi`."""
+    count, nodes = cfg.finetune.processes, cfg.finetune.nodes
+    several = {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0} if nodes > 1 else {}
+    return {"gpu": count, "gres": f"gpu:{count}", **several}
 
 
 def torchrun():

@@ -214,7 +214,7 @@ class Finetune(Section):
         default=["language_model", "multi_modal_projector", "lm_head"],
         description="Parameters whose name contains one of these are trained; all others are frozen.",
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=3, description="DeepSpeed ZeRO stage.")
+    zero_stage: int = Field(default=3, ge=0, le=3, description="DeepSpeed ZeRO stage; 0 is plain data parallelism.")
     gradient_checkpointing: bool = Field(default=True, description="Recompute activations to save memory.")
     save_steps: Positive = Field(json_schema_extra=KNOB, default=50, description="Steps between two checkpoints.")
 
