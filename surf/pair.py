@@ -173,7 +173,7 @@ def main() -> None:
                 reference = found[row[kind]["image_id"]]
                 row[kind] = {**row[kind], "image": reference.image, "caption": reference.caption}
     flags = cli.flags(pair=args.pair, score=args.score)
-    meta = {"stage": "pair", "version": args.pair.version, "flags": flags, "counts": counts}
+    meta = {"stage": "pair", "version": args.pair.version, "flags": flags, "counts": dict(sorted(counts.items()))}
     store.write_table(args.out, store.table_of(chosen, "pairs"), "pairs", meta)
     store.write_json_rows(args.json, [original_json(row) for row in chosen])
     log.info("%d training samples: %s", len(chosen), dict(Counter(row["kind"] for row in chosen)))

@@ -220,7 +220,7 @@ def test_bfloat16_without_deepspeed_saves_bfloat16(job):
 def test_mistakes_of_users(job, tmp_path):
     with pytest.raises(SurfError, match=r"finetune\.train.*multi_modal_projector"):
         finetune.train(**job(train=["no_such_part"]))
-    with pytest.raises(SurfError, match="torchrun --standalone --nproc-per-node 2"):
+    with pytest.raises(SurfError, match="torchrun --nnodes 1 --nproc-per-node 2"):
         finetune.train(**job(processes=2))
     with pytest.raises(SurfError, match=r"gone\.png of round c1#0"):
         finetune.train(**job(table=[row | {"image": "gone.png"} if row["round_id"] == "c1#0" else row for row in rows(4)]))
