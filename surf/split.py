@@ -154,7 +154,7 @@ def main() -> None:
     quarantine.settle(
         args.quarantine, bad, dataset="rounds", stage="split", total=total, max_bad_share=args.images.max_bad_share
     )
-    meta = {"stage": "split", "version": args.split.version, "flags": cli.flags(split=args.split), "left_out": dict(sorted(left_out.items()))}
+    meta = {"stage": "split", "version": args.split.version, "flags": cli.flags(split=args.split), "left_out": left_out}
     store.write_table(args.out, store.table_of(mine, "rounds"), "rounds", meta)
     log.info("%d of %d rounds in %s", len(mine), len(rounds), args.part)
 
