@@ -40,9 +40,7 @@ class Images(Section):
         default=["."],
         description="Folders, or Parquet files with columns image (string) and bytes (binary), searched in this order.",
     )
-    max_pixels: Positive = Field(
-        json_schema_extra=KNOB, default=100_000_000, description="Larger images are refused as decompression bombs (pixels)."
-    )
+    max_pixels: Positive = Field(json_schema_extra=KNOB, default=100_000_000, description="Larger images are refused (pixels).")
     max_bad_share: Share = Field(
         json_schema_extra=KNOB,
         default=0.01,
@@ -54,9 +52,7 @@ class Shards(Section):
     """Number of shards. One shard is one job; aim at 20 to 60 minutes each. No result depends on these numbers."""
 
     corpus: Positive = Field(json_schema_extra=WORKFLOW, default=1, description="Shards of catalog and embeddings.")
-    rounds: Positive = Field(
-        json_schema_extra=WORKFLOW, default=1, description="Shards of rounds, answers, neighbors, reanswers and scores."
-    )
+    rounds: Positive = Field(json_schema_extra=WORKFLOW, default=1, description="Shards of rounds and all that follows.")
 
 
 class Catalog(Section):
@@ -108,14 +104,10 @@ class Lvlm(Section):
     system_prompt: str = Field(default=SYSTEM_PROMPT, description="System prompt without references.")
     retrieval_prompt: str = Field(default=RETRIEVAL_PROMPT, description="System prompt with references.")
     pad_to_square: bool = Field(
-        default=True, description="Pad images to a square with the processor's mean colour, as LLaVA-1.5 was trained."
+        default=True, description="Pad images to a square of the mean colour, as LLaVA-1.5 was trained."
     )
-    caption_chars: Positive = Field(
-        default=1200, description="Captions in prompts are cut to this length at a word boundary (characters)."
-    )
-    batch_tokens: Positive = Field(
-        json_schema_extra=KNOB, default=65_536, description="Prompt tokens (padding included) in one forward pass."
-    )
+    caption_chars: Positive = Field(default=1200, description="Captions in prompts are cut to this many characters.")
+    batch_tokens: Positive = Field(json_schema_extra=KNOB, default=65_536, description="Prompt tokens, padded, a forward pass.")
     batch_size: Positive = Field(json_schema_extra=KNOB, default=64, description="Prompts in one forward pass, at most.")
 
 
@@ -160,9 +152,7 @@ class Score(Section):
     bertscore_layer: Positive = Field(default=9, description="Hidden layer used (9 for bert-base-uncased).")
     wrong_below: float = Field(default=0.7, ge=-1, le=1, description="Captions and open answers: wrong below this F1.")
     right_above: float = Field(default=0.9, ge=-1, le=1, description="Captions and open answers: right from this F1.")
-    margin: float = Field(
-        default=0.01, ge=0, description="A reference is positive (negative) if it gains (loses) at least this much F1."
-    )
+    margin: float = Field(default=0.01, ge=0, description="Gain (loss) of F1 that makes a reference positive (negative).")
     loglik_margin: float = Field(default=0.1, ge=0, description="The same for judge loglik (nats a token).")
 
     @model_validator(mode="after")
