@@ -20,6 +20,7 @@ container: "docker://python:3.11-slim"
 
 
 include: "rules/common.smk"
+include: "rules/jobs.smk"
 
 
 rule all:

@@ -5,7 +5,8 @@
 Finished rows are saved every `answer.flush_rows` rows; a killed job goes on from there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -15,6 +16,9 @@ from surf.images import Images
 from surf.models import Request, Responder
 from surf.shards import stable_hash
 from surf.telemetry import Clock
+
+# (row of `rounds`, rank of the reference, its image id, the reference); −1, None, None without one
+Asked = tuple[dict[str, Any], int, int | None, prompts.Reference | None]
 
 
 def answer(
@@ -39,24 +43,34 @@ def answer(
     for chunk in cli.chunks(todo, options.flush_rows, desc="answer", unit="round"):
         bad = unreadable(images, (row["image"] for row in chunk))
         errors.update({row["round_id"]: bad[row["image"]] for row in chunk if row["image"] in bad})
-        asked = [row for row in chunk if row["image"] not in bad]
-        requests = [
-            Request(prompts.from_options(row["question"], row["image"], (), lvlm), stable_hash(seed, row["round_id"], -1))
-            for row in asked
-        ]
-        texts = responder.respond(requests, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
-        golds: list[float | None] = [None] * len(asked)
-        if options.gold_loglik:
-            golds = list(responder.loglik(requests, [row["answer"] for row in asked]))
-        fresh = [
-            {"round_id": row["round_id"], "rank": -1, "image_id": None, "response": text, "gold_loglik": gold}
-            for row, text, gold in zip(asked, texts, golds, strict=True)
-        ]
+        asked: list[Asked] = [(row, -1, None, None) for row in chunk if row["image"] not in bad]
+        fresh = respond(asked, responder, lvlm, options, seed)
         partial.save(store.table_of(fresh, "answers"))
         done += fresh
     place = {round_id: number for number, round_id in enumerate(rounds["round_id"].to_pylist())}
     done.sort(key=lambda row: place[row["round_id"]])
     return store.table_of(done, "answers"), errors
+
+
+def respond(
+    asked: Sequence[Asked], responder: Responder, lvlm: config.Lvlm, options: config.Answer, seed: int
+) -> list[dict[str, Any]]:
+    """Rows of `answers` or `reanswers`: one response to each question, each with a seed of its own."""
+    requests = [
+        Request(
+            prompts.from_options(row["question"], row["image"], [reference] if reference else [], lvlm),
+            stable_hash(seed, row["round_id"], rank),
+        )
+        for row, rank, _, reference in asked
+    ]
+    texts = responder.respond(requests, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+    golds: list[float | None] = [None] * len(asked)
+    if options.gold_loglik:
+        golds = list(responder.loglik(requests, [row["answer"] for row, *_ in asked]))
+    return [
+        {"round_id": row["round_id"], "rank": rank, "image_id": image_id, "response": text, "gold_loglik": gold}
+        for (row, rank, image_id, _), text, gold in zip(asked, texts, golds, strict=True)
+    ]
 
 
 def unreadable(images: Images, names: Iterable[str]) -> dict[str, str]:

@@ -13,10 +13,9 @@ from typing import Any
 import pyarrow as pa
 
 from surf import cli, config, prompts, quarantine, score, store
-from surf.answer import unreadable
+from surf.answer import respond, unreadable
 from surf.images import Images
-from surf.models import Request, Responder
-from surf.shards import stable_hash
+from surf.models import Responder
 from surf.telemetry import Clock
 
 Row = dict[str, Any]
@@ -56,7 +55,7 @@ def reanswer(
             errors.update({f"{row['round_id']}#{rank}": bad[ref.image] for row, _, _, ref in asked if ref.image in bad})
             asked = [one for one in asked if one[3].image not in bad and one[0]["image"] not in bad]
             fresh = [one for one in asked if (one[0]["round_id"], rank) not in done]
-            rows = _respond(fresh, responder, lvlm, answer, seed)
+            rows = respond(fresh, responder, lvlm, answer, seed)
             partial.save(store.table_of(rows, "reanswers"))
             done.update({(row["round_id"], row["rank"]): row for row in rows})
             if options.stop_early:
@@ -92,29 +91,6 @@ class Judge:
             score.label(metric, value, correct, row["base"], self.options)
             for (row, _), (metric, value, correct) in zip(answered, verdicts, strict=True)
         ]
-
-
-def _respond(
-    asked: Sequence[tuple[Row, int, int, prompts.Reference]],
-    responder: Responder,
-    lvlm: config.Lvlm,
-    answer: config.Answer,
-    seed: int,
-) -> list[Row]:
-    requests = [
-        Request(
-            prompts.from_options(row["question"], row["image"], [reference], lvlm), stable_hash(seed, row["round_id"], rank)
-        )
-        for row, rank, _, reference in asked
-    ]
-    texts = responder.respond(requests, max_new_tokens=answer.max_new_tokens, temperature=answer.temperature)
-    golds: list[float | None] = [None] * len(asked)
-    if answer.gold_loglik:
-        golds = list(responder.loglik(requests, [row["answer"] for row, *_ in asked]))
-    return [
-        {"round_id": row["round_id"], "rank": rank, "image_id": image_id, "response": text, "gold_loglik": gold}
-        for (row, rank, image_id, _), text, gold in zip(asked, texts, golds, strict=True)
-    ]
 
 
 def wrong_rounds(rounds: Path, scores: Path) -> list[Row]:

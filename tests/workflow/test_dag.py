@@ -101,4 +101,4 @@ def test_rules_bring_no_retries_and_no_inline_code():
     """`retries:` in a rule multiplies inside a Slurm job; `run:` and `script:` cannot be pasted into a shell."""
     for path in (ROOT / "rules").glob("*.smk"):
         assert not re.search(r"^\s+(retries|run|script):", path.read_text(), re.M), path
-        assert len(path.read_text().splitlines()) <= 175, path
+        assert len(path.read_text().splitlines()) <= 120, path
