@@ -129,7 +129,7 @@ def command_line() -> list[str]:
 
 def leftovers(folder: Path) -> str:
     """Jobs of this workflow that SLURM still holds although no Snakemake waits for them; empty if there are none."""
-    command = ["squeue", "--me", "--noheader", "--format", "%A|%k|%Z"]
+    command = ["squeue", "--me", "--noheader", "--sort", "i", "--format", "%A|%k|%Z"]  # in the order of their numbers
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return f"squeue does not answer: {done.stderr.strip()}"

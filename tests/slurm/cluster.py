@@ -203,8 +203,8 @@ class Cluster:
         return [line.split()[0] for line in lines if line.split()[1] in ("idle", "mixed")]
 
     def jobs(self, states: str = "R") -> dict[str, tuple[str, str]]:
-        """Jobs in these states: {id: (comment, node)}. The comment names the rule and its wildcards."""
-        lines = self.call("squeue", "-h", "-t", states, "-o", "%A|%k|%N").stdout.splitlines()
+        """Jobs in these states, by number: {id: (comment, node)}. The comment names the rule and its wildcards."""
+        lines = self.call("squeue", "-h", "--sort", "i", "-t", states, "-o", "%A|%k|%N").stdout.splitlines()
         return {number: (comment, node) for number, comment, node in (line.split("|") for line in lines)}
 
     def snakemake(self, folder: Path, *words: str, **options: object) -> subprocess.Popen:
