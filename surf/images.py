@@ -61,6 +61,10 @@ class Images:
                 return data
         raise ImageError("there is no such image in the image roots")
 
+    def packed(self, root: str) -> dict[str, tuple[int, int]]:
+        """(row group, row) of each image name of a root that is a Parquet file; empty for a folder."""
+        return next((one.place for one in self._sources if isinstance(one, _Packed) and one.path == Path(root)), {})
+
     def _open(self, name: str) -> "Image":
         """`open`: the decoded image, RGB, upright as its EXIF says. Raises ImageError: missing, too large, not decodable."""
         from PIL import Image, ImageFile, ImageOps
@@ -107,6 +111,7 @@ class _Packed:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        self.path = path
         try:
             self.file = pq.ParquetFile(path)
             names = self.file.schema_arrow.names

@@ -23,6 +23,7 @@ import pyarrow as pa
 from surf import cli, config, metrics, store
 from surf.bertscore import BertScore
 from surf.errors import SurfError
+from surf.telemetry import Clock
 
 log = logging.getLogger("surf")
 
@@ -48,11 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths=["rounds", "responses", "out"],
         extras={"dataset": {"choices": ["answers", "reanswers"], "required": True, "help": "what --responses holds"}},
     )
+    clock = Clock()
     rounds = store.read_table(args.rounds, "rounds", ["round_id", "answer", "task"])
     responses = store.read_table(args.responses, args.dataset)
-    table = score(rounds, responses, args.score, scorer(args.score, progress=True), where=str(args.responses))
+    bert = scorer(args.score, progress=True)
+    if responses.num_rows and {"caption", "open"} & set(rounds["task"].to_pylist()):
+        bert(["text"], ["text"])  # loads the encoder
+    clock.loaded()
+    table = score(rounds, responses, args.score, bert, where=str(args.responses))
     meta = {"stage": "score", "version": args.score.version, "flags": cli.flags(score=args.score)}
     store.write_table(args.out, table, f"scores/{args.dataset}", meta)
+    clock.note(args.out, table.num_rows)
     correct = table.column("correct").to_pylist()
     log.info(
         "%d answers: %d right, %d wrong, %d undecided",

@@ -25,7 +25,12 @@ class Clock:
         self.ready = time.monotonic()
 
     def note(self, out: Path, rows: int) -> None:
-        """Log and keep rows, rows_per_second, load_seconds, work_seconds and peak_gpu_mb of the part `out`."""
+        """Log and keep rows, rows_per_second, start_seconds, load_seconds, work_seconds and peak_gpu_mb of the part `out`.
+
+        start_seconds is the whole time before `loaded`: the interpreter, its imports, and load_seconds.
+        """
+        import psutil
+
         work = max(time.monotonic() - self.ready, 1e-9)
         peak = 0.0
         if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
@@ -33,6 +38,7 @@ class Clock:
         figures = {
             "rows": rows,
             "rows_per_second": round(rows / work, 2),
+            "start_seconds": round(time.time() - psutil.Process().create_time() - work, 2),
             "load_seconds": round(self.ready - self.start, 2),
             "work_seconds": round(work, 2),
             "peak_gpu_mb": round(peak, 1),

@@ -1,0 +1,372 @@
+"""Preflight: is all there and well formed, and what will the run take? Costs minutes and no GPU.
+
+    python -m surf.check --configfile config.yaml [--gpus 8] [--near-duplicates] [--json plan.json]
+
+One line for each thing that was looked at. Exit code 1 if anything is wrong; warnings do not fail. The stages' own readers read
+the files, so what passes here passes there.
+"""
+
+import argparse
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from surf import catalog, config, headers, leaks, plan, plantable, rates, split, store, weights
+from surf.errors import SurfError
+from surf.images import Images
+from surf.popefile import read_questions
+
+_SHOWN = 3  # names in a line
+_REPEATED = re.compile(r"(.+)@\d+")  # `split` marks the second conversation under one id
+
+
+class Report:
+    """Lines as they are found: `ok`, `warning` or `WRONG`, the topic, what was seen."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def say(self, verdict: str, topic: str, text: str) -> None:
+        """Print one line, at once."""
+        self.counts[verdict] += 1
+        print(f"{verdict:8} {topic:14} {text}", flush=True)
+
+    def ok(self, topic: str, text: str) -> None:
+        """It is as it should be."""
+        self.say("ok", topic, text)
+
+    def warning(self, topic: str, text: str) -> None:
+        """The run would work, but the user should know."""
+        self.say("warning", topic, text)
+
+    def wrong(self, topic: str, text: str) -> None:
+        """The run would fail."""
+        self.say("WRONG", topic, text)
+
+    def attempt(self, topic: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None, and a line, if it raises a SurfError."""
+        try:
+            return work()
+        except SurfError as error:
+            self.wrong(topic, str(error))
+            return None
+
+
+@dataclass
+class Found:
+    """The data as the stages' readers give them: image names of all rows."""
+
+    corpus: list[str] = field(default_factory=list)
+    corpus_bytes: int = 0
+    rounds: list[str] = field(default_factory=list)
+    rounds_bytes: int = 0
+    questions: dict[str, list[str]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def evaluation(self) -> list[str]:
+        """Images of all questions, each once."""
+        return list(dict.fromkeys(name for names in self.questions.values() for name in names))
+
+
+def check(report: Report, cfg: config.Config, *, gpus: int, cores: int, near: bool, calibration: Path) -> plan.Plan | None:
+    """Look at everything that the config names, and make the plan. None if the data cannot be read, or do not exist yet."""
+    drawn, whole = _files(report, cfg)
+    folder = _models(report, cfg)
+    known = _rates(report, cfg, calibration)
+    if not drawn:
+        report.ok("example", f"is not drawn yet: the workflow draws it into {_demo(cfg)}/ first")
+        report.ok("next", "snakemake demo && python -m surf.check   looks at its images and questions, and makes the plan")
+        return None
+    found = Found()
+    _corpus(report, cfg, found)
+    _rounds(report, cfg, found)
+    _questions(report, cfg, found)
+    if whole:
+        _images(report, cfg, found, cores, near)
+    _leaks(report, cfg, found)
+    if not (found.corpus and found.rounds and found.questions):
+        return None
+    made = plan.plan(cfg, _data(found), _sizes(cfg, folder), known, gpus=gpus, cores=max(cores, gpus + 2))
+    _disk(report, cfg, made)
+    for note in made.notes:
+        report.warning("plan", note)
+    return made
+
+
+# --- one topic each ---------------------------------------------------------------------------------------------------
+
+
+def _files(report: Report, cfg: config.Config) -> tuple[bool, bool]:
+    """(the data exist, all named files and image roots are there). The example's may be missing: the workflow draws it."""
+    named = [
+        *(("captions", path, Path.is_file) for path in cfg.catalog.captions),
+        *(("conversations", path, Path.is_file) for path in cfg.split.conversations),
+        *(("questions", path, Path.is_file) for path in cfg.pope.questions.values()),
+        *(("image root", path, Path.exists) for path in cfg.images.roots),
+    ]
+    missing = [(what, path) for what, path, there in named if not there(Path(path))]
+    if missing and cfg.demo and all(Path(path).is_relative_to(_demo(cfg)) for _, path in missing):
+        return False, False
+    for what, path in missing:
+        report.wrong("files", f"{path}: there is no such {what if ' ' in what else f'file of {what}'}; next: see docs/data.md")
+    if not missing:
+        report.ok("files", f"{len(named)} files and image roots are there")
+    return True, not missing
+
+
+def _models(report: Report, cfg: config.Config) -> Path | None:
+    """Folder of the vision-language model, if it is here."""
+    looks = {
+        "lvlm.model": (cfg.lvlm.model, weights.lvlm),
+        "embed.model": (cfg.embed.model, weights.clip),
+        "score.bertscore_model": (cfg.score.bertscore_model, weights.bert),
+    }
+    folder = None
+    for key, (name, look) in looks.items():
+        model = look(cfg)
+        if model.folder:
+            report.ok("models", f"{key} {name}: whole")
+        elif model.downloadable:
+            report.warning("models", f"{key} {name}: {model.problem}")
+        else:
+            report.wrong("models", f"{key} {name}: {model.problem}")
+        folder = model.folder if key == "lvlm.model" else folder
+    return folder
+
+
+def _corpus(report: Report, cfg: config.Config, found: Found) -> None:
+    start = time.monotonic()
+    read = report.attempt("captions", lambda: catalog.catalog(cfg.catalog))
+    if read is None:
+        return
+    found.seconds["catalog"] = time.monotonic() - start
+    table, errors = read
+    found.corpus = table["image"].to_pylist()
+    found.corpus_bytes = table.nbytes
+    _unusable(report, cfg, "captions", f"{table.num_rows:,} image-caption pairs", errors, table.num_rows)
+    _twice(report, "captions", "images stand more than once in the corpus", Counter(found.corpus))
+
+
+def _rounds(report: Report, cfg: config.Config, found: Found) -> None:
+    start = time.monotonic()
+    read = report.attempt("conversations", lambda: split.split(cfg.split))
+    if read is None:
+        return
+    found.seconds["split"] = time.monotonic() - start
+    rounds, errors, left_out = read
+    found.rounds = [one.image for one in rounds]
+    found.rounds_bytes = sum(len(text) for one in rounds for text in vars(one).values())
+    words = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
+    _unusable(report, cfg, "conversations", f"{len(rounds):,} rounds{words}", errors, len(rounds))
+    ids = {one.round_id.rpartition("#")[0] for one in rounds}
+    again = [match[1] for name in ids if (match := _REPEATED.fullmatch(name)) and match[1] in ids]
+    _twice(report, "conversations", "conversation ids stand more than once (told apart by @2, @3, …)", Counter([*ids, *again]))
+
+
+def _questions(report: Report, cfg: config.Config, found: Found) -> None:
+    for name, path in cfg.pope.questions.items():
+        read = report.attempt("questions", lambda path=path: read_questions(Path(path)))  # type: ignore[misc]
+        if read:
+            found.questions[name] = [one.image for one in read]
+            report.ok("questions", f"{name}: {len(read):,} questions on {len(set(found.questions[name])):,} images")
+
+
+def _images(report: Report, cfg: config.Config, found: Found, cores: int, near: bool) -> None:
+    """Every image that the data name; by data set, because each has its own share of bad ones."""
+    names = {"corpus": found.corpus, "rounds": found.rounds, "questions": found.evaluation()}
+    every = list(dict.fromkeys(name for group in names.values() for name in group))
+    start = time.monotonic()
+    roots, limit = cfg.images.roots, cfg.images.max_pixels
+    seen = report.attempt("images", lambda: headers.look(every, roots, limit, processes=cores, hashes=near))
+    if seen is None:
+        return
+    seconds = max(time.monotonic() - start, 1e-9)
+    what = "headers and difference hashes" if near else "headers"
+    report.ok("images", f"{what} of {len(every):,} images read, {len(every) / seconds:,.0f} a second on {cores} cores")
+    for group, own in names.items():
+        unique = list(dict.fromkeys(own))
+        bad = [name for name in unique if name in seen.errors]
+        if not bad:
+            report.ok("images", f"{group}: all {len(unique):,} are readable")
+            continue
+        share = len(bad) / len(unique)
+        kinds = Counter(seen.errors[name] for name in bad)
+        examples = "; ".join(f"{name}: {seen.errors[name]}" for name in bad[:_SHOWN])
+        text = f"{group}: {len(bad):,} of {len(unique):,} cannot be used ({examples}{'; …' if len(bad) > _SHOWN else ''})"
+        if len(kinds) > 1:
+            text += f"; {', '.join(f'{count:,} x {kind}' for kind, count in kinds.most_common(_SHOWN))}"
+        limit_text = f"{share:.2%}, images.max_bad_share is {cfg.images.max_bad_share:.2%}"
+        if group == "questions":
+            report.wrong("images", f"{text}; an evaluation must be complete; next: mend images.roots")
+        elif share > cfg.images.max_bad_share:
+            report.wrong("images", f"{text}; {limit_text}; next: mend the images, or raise it")
+        else:
+            report.warning("images", f"{text}; {limit_text}")
+    if near:
+        opened = Images(roots, limit)
+        hashes = seen.hashes
+        asked = {name: hashes[name] for name in names["questions"] if name in hashes}
+        _leak(report, asked, "look like images of the corpus", leaks.by_looks(asked, _only(hashes, found.corpus), opened))
+        _leak(report, asked, "look like images of the rounds", leaks.by_looks(asked, _only(hashes, found.rounds), opened))
+
+
+def _leaks(report: Report, cfg: config.Config, found: Found) -> None:
+    asked = found.evaluation()
+    if not asked:
+        return
+    _leak(report, asked, "are in the corpus (retrieve leaves them out)", leaks.by_identity(asked, found.corpus))
+    _leak(report, asked, "are in the rounds (they may be trained on)", leaks.by_identity(asked, found.rounds))
+    parts = sorted(Path(cfg.results, "pope/neighbors").glob("*.parquet"))
+    read = report.attempt("leakage", lambda: leaks.by_neighbors(parts, cfg.retrieve.max_similarity)) if parts else None
+    if read:
+        near, most = read
+        limit = f"retrieve.max_similarity = {cfg.retrieve.max_similarity}"
+        if near:
+            text = ", ".join(f"{name} ({value:.4f})" for name, value in near[:_SHOWN])
+            report.warning("leakage", f"{len(near)} evaluation images have a neighbour at or above {limit}: {text}")
+        else:
+            report.ok("leakage", f"no reference of an evaluation image reaches {limit}; the most similar has {most:.4f}")
+
+
+def _rates(report: Report, cfg: config.Config, calibration: Path) -> rates.Rates:
+    """Of finished parts, and below them those of the calibration file."""
+    known = report.attempt("rates", lambda: rates.of_results(cfg)) or rates.Rates()
+    if not calibration.exists():
+        if not known.stages:
+            command = f"python -m surf.calibrate --configfile … --out {calibration}"
+            report.ok("rates", f"there is no {calibration}: the plan has rows, jobs and disk only; next: {command}")
+        return known
+    content = report.attempt("rates", lambda: store.read_json(calibration))
+    read = report.attempt("rates", lambda: rates.of_json(content, calibration)) if content else None
+    if read is None:
+        return known
+    machine = content.get("machine", {})
+    report.ok("rates", f"{calibration}: {machine.get('gpu') or 'no GPU'}, {machine.get('cores')} cores")
+    then, now = content.get("config", {}), rates.settings(cfg)
+    for key in sorted(now):
+        if key in then and then[key] != now[key]:
+            report.warning("rates", f"{calibration} was made with {key} = {then[key]!r}, the config says {now[key]!r}")
+    return known.over(read)
+
+
+def _disk(report: Report, cfg: config.Config, made: plan.Plan) -> None:
+    folder = Path(cfg.results)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+    free, needed = shutil.disk_usage(existing).free, max(0, made.disk_bytes - there)
+    text = f"{plantable.size(needed)} more at most, {plantable.size(free)} free at {cfg.results}"
+    if needed > free:
+        report.wrong("disk", f"{text}; next: another results folder, or room in this one")
+    else:
+        report.ok("disk", text)
+
+
+# --- details ----------------------------------------------------------------------------------------------------------
+
+
+def _demo(cfg: config.Config) -> str:
+    return cfg.demo.out if cfg.demo else ""
+
+
+def _unusable(report: Report, cfg: config.Config, topic: str, what: str, errors: dict[str, str], good: int) -> None:
+    """The line of a file's rows, and whether too many of them are unusable."""
+    if not errors:
+        report.ok(topic, what)
+        return
+    examples = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:_SHOWN])
+    share = len(errors) / (good + len(errors))
+    text = f"{what}; {len(errors):,} rows cannot be used ({examples}); {share:.2%}"
+    limit = f"images.max_bad_share is {cfg.images.max_bad_share:.2%}"
+    if share > cfg.images.max_bad_share:
+        report.wrong(topic, f"{text}, {limit}; next: mend the file, or raise it")
+    else:
+        report.warning(topic, f"{text}, {limit}")
+
+
+def _twice(report: Report, topic: str, what: str, counts: Counter[str]) -> None:
+    again = [name for name, count in counts.items() if count > 1]
+    if again:
+        report.warning(topic, f"{len(again):,} {what}: {', '.join(again[:_SHOWN])}{', …' if len(again) > _SHOWN else ''}")
+
+
+def _leak(report: Report, asked: Sequence[str] | dict[str, int], what: str, pairs: Sequence[leaks.Pair]) -> None:
+    text = f"{len(pairs):,} of {len(asked):,} evaluation images {what}"
+    if pairs:
+        examples = ", ".join(f"{one.evaluation} = {one.other}" for one in pairs[:_SHOWN])
+        report.warning("leakage", f"{text}: {examples}{', …' if len(pairs) > _SHOWN else ''}")
+    else:
+        report.ok("leakage", text)
+
+
+def _only(hashes: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+    return {name: hashes[name] for name in dict.fromkeys(names) if name in hashes}
+
+
+def _data(found: Found) -> plan.Data:
+    corpus = set(found.corpus)
+    images = set(found.rounds)
+    questions = {}
+    for name, asked in found.questions.items():
+        own = set(asked)
+        questions[name] = (len(asked), len(own), len(own - corpus))
+    return plan.Data(
+        pairs=len(found.corpus),
+        corpus_bytes=found.corpus_bytes,
+        rounds=len(found.rounds),
+        rounds_bytes=found.rounds_bytes,
+        images=len(images),
+        fresh=len(images - corpus),
+        questions=questions,
+        read_seconds=found.seconds,
+    )
+
+
+def _sizes(cfg: config.Config, folder: Path | None) -> plan.Sizes:
+    counts = weights.parameters(folder, cfg.finetune.train) if folder else (0, 0)
+    return plan.Sizes(weights.dim(cfg) or 0, *counts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m surf.check", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--configfile", type=Path, default=Path("config.yaml"), help="default: config.yaml")
+    parser.add_argument("--gpus", type=int, default=1, help="GPU jobs at a time, for the plan (default 1)")
+    parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processes here; default: all cores")
+    parser.add_argument("--near-duplicates", action="store_true", help="decode all images to find look-alikes: much slower")
+    parser.add_argument("--calibration", type=Path, help="default: calibration.json beside the results folder's content")
+    parser.add_argument("--json", type=Path, help="also write the plan here")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    report = Report()
+    cfg = report.attempt("config", lambda: config.load(args.configfile))
+    made = None
+    if cfg:
+        report.ok("config", f"{args.configfile}: all keys are known and fit together")
+        made = check(
+            report,
+            cfg,
+            gpus=args.gpus,
+            cores=args.cores,
+            near=args.near_duplicates,
+            calibration=args.calibration or rates.place(cfg),
+        )
+    if made:
+        print(f"\n{plantable.table(made, args.gpus)}")
+        if args.json:
+            store.write_json(args.json, plantable.as_json(made, args.gpus))
+    wrong, warnings = report.counts["WRONG"], report.counts["warning"]
+    print(f"\n{wrong} wrong, {warnings} warnings, {report.counts['ok']} in order")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
