@@ -52,6 +52,7 @@ wildcard_constraints:
 
 localrules:
     all,
+    check,
     demo,
     catalog,
     split,

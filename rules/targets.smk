@@ -14,6 +14,16 @@ rule resolved_config:
         "printf '%s\\n' {params.config:q} > {output} 2> {log}"
 
 
+# Before any GPU is spent: `python -m surf.check --help` has more to offer.
+rule check:
+    input:
+        f"{RESULTS}/config.json",
+    log:
+        f"{RESULTS}/logs/check/check.log",
+    shell:
+        "python -m surf.check --configfile {input} 2>&1 | tee {log}"
+
+
 rule embeddings:
     input:
         manifest("embeddings"),

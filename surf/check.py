@@ -97,7 +97,7 @@ def check(report: Report, cfg: config.Config, *, gpus: int, cores: int, near: bo
     made = plan.plan(cfg, _data(found), _sizes(cfg, folder), known, gpus=gpus, cores=max(cores, gpus + 2))
     _disk(report, cfg, made)
     for note in made.notes:
-        report.warning("plan", note)
+        report.warning("plan", note) if known.stages else report.ok("plan", note)
     return made
 
 

@@ -85,7 +85,8 @@ class Images:
         except Image.DecompressionBombError:
             raise ImageError("it has more pixels than images.max_pixels") from None
         except Exception as error:  # Pillow's decoders raise many kinds: any of them means one unusable image
-            raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from None
+            what = str(error).partition(" <_io.")[0]  # an address would differ from run to run
+            raise ImageError(f"cannot be decoded ({type(error).__name__}: {what})") from None
 
 
 class _Folder:

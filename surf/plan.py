@@ -92,7 +92,7 @@ def plan(cfg: Config, data: Data, sizes: Sizes, rates: Rates, *, gpus: int, core
     """The plan for `gpus` GPUs and `cores` cores at a time."""
     typical = stages(cfg, data, rates, None)
     room = disk(cfg, data, sizes, typical)
-    lines = [_line(stage, room.get(stage.name, 0), gpus, cores) for stage in typical]
+    lines = _lines(typical, room, gpus, cores)
     unknown = [stage.name for stage in typical if stage.seconds is None]
     wall = hours = None
     if not any(stage.seconds is None for stage in typical if stage.gpus):
@@ -287,6 +287,13 @@ def _value(draw: Callable[[np.random.Generator], float] | None, typical: float, 
     return draw(rng) if draw and rng is not None else typical
 
 
+def _lines(planned: Sequence[Stage], room: Mapping[str, int], gpus: int, cores: int) -> list[Line]:
+    """A line for each stage; one for all merges."""
+    lines = [_line(stage, room.get(stage.name, 0), gpus, cores) for stage in planned if not stage.name.startswith("merge ")]
+    merges = [_line(stage, 0, gpus, cores) for stage in planned if stage.name.startswith("merge ")]
+    return [*lines, merges[0]._replace(stage="merge", jobs=len(merges))]
+
+
 def _line(stage: Stage, room: int, gpus: int, cores: int) -> Line:
     seconds = stage.seconds
     hours = wall = None
@@ -326,6 +333,6 @@ def _notes(cfg: Config, planned: Sequence[Stage], rates: Rates, gpus: int) -> li
     need = cfg.finetune.processes * cfg.finetune.nodes
     if need > gpus:
         notes.append(f"finetune asks for {need} GPUs at a time, the plan is for {gpus}")
-    if rates.stages and rates.wrong is None:
-        notes.append("the share of wrong first answers is not known: half of them is assumed")
+    if rates.wrong is None:
+        notes.append("the share of wrong first answers is not known yet: half of them, with all references, is assumed")
     return notes

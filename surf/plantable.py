@@ -40,7 +40,9 @@ def table(planned: "Plan", gpus: int) -> str:
         low, middle, high = planned.gpu_hours
         lines.append(f"GPU-hours: {number(middle)} (90 % between {number(low)} and {number(high)})")
     lines.append(f"Disk: {size(planned.disk_bytes)} at most")
-    if planned.unknown:
+    if planned.unknown and planned.wall_seconds is None:
+        lines.append("Times need rates, which `python -m surf.calibrate` measures")
+    elif planned.unknown:
         lines.append(f"Without a rate, and so not in these times: {', '.join(planned.unknown)}")
     return "\n".join(lines)
 
