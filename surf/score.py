@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = store.read_table(args.rounds, "rounds", ["round_id", "answer", "task"])
     responses = store.read_table(args.responses, args.dataset)
     bert = scorer(args.score, progress=True)
-    if responses.num_rows and {"caption", "open"} & set(rounds["task"].to_pylist()):
+    texts = {row["round_id"] for row in store.rows(rounds) if row["task"] in ("caption", "open")}
+    if any(row["round_id"] in texts and row["response"].strip() for row in store.rows(responses)):
         bert(["text"], ["text"])  # loads the encoder
     clock.loaded()
     table = score(rounds, responses, args.score, bert, where=str(args.responses))
