@@ -4,7 +4,7 @@ from surf import summary
 
 def check_sources():
     """Before the first job: name every file that the user still has to bring. `check` does so itself."""
-    if workflow.dag_settings.targets == {"check"}:
+    if set(workflow.dag_settings.targets) == {"check"}:
         return
     paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.pope.questions.values(), *cfg.images.roots]
     missing = [path for path in paths if not Path(path).exists()]

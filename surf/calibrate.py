@@ -52,7 +52,7 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
     small = sample(cfg, folder, repeats=repeats, images=images, rounds=rounds, questions=questions)
     _snakemake(folder, small, _TARGETS, jobs)
     found = rates.of_results(small, "calibration")
-    stages = {**_light(folder), **found.stages, "search": search(cfg, repeats)}
+    stages = {**found.stages, "search": search(cfg, repeats)}
     for key in ("retrieve", "pope_retrieve"):  # a small corpus says nothing of the real one: see "search"
         stages.pop(key, None)
     pairs = None
@@ -60,6 +60,7 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
         stages["finetune"], pairs = _finetune(folder, small, jobs)
     else:
         log.warning("finetune is not measured: %s", without)
+    stages.update(_light(folder))
     measured = rates.Rates(stages, found.wrong, pairs, found.asked)
     shutil.rmtree(folder)
     return {"machine": machine(), "config": rates.settings(cfg), "repeats": repeats, "jobs": jobs, **rates.to_json(measured)}
@@ -218,7 +219,7 @@ def _light(folder: Path) -> dict[str, rates.Stage]:
     names = ("catalog", "split", "merge", "build_index", "pair", "pope_questions", "pope", "report")
     walls = _walls(folder)
     stages = {name: rates.Stage(start=rates.Measure(tuple(walls[name]), "calibration")) for name in names if name in walls}
-    for name in ("pair", "report"):  # not run, or measured later: they start like `merge`
+    for name in ("pair", "report"):  # not run, or not even possible on the sample: as long as a merge
         stages.setdefault(name, stages["merge"])
     return stages
 

@@ -14,50 +14,17 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from surf import catalog, config, headers, leaks, plan, plantable, rates, split, store, weights
-from surf.errors import SurfError
 from surf.images import Images
 from surf.popefile import read_questions
+from surf.verdicts import Report
 
 _SHOWN = 3  # names in a line
 _REPEATED = re.compile(r"(.+)@\d+")  # `split` marks the second conversation under one id
-
-
-class Report:
-    """Lines as they are found: `ok`, `warning` or `WRONG`, the topic, what was seen."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def say(self, verdict: str, topic: str, text: str) -> None:
-        """Print one line, at once."""
-        self.counts[verdict] += 1
-        print(f"{verdict:8} {topic:14} {text}", flush=True)
-
-    def ok(self, topic: str, text: str) -> None:
-        """It is as it should be."""
-        self.say("ok", topic, text)
-
-    def warning(self, topic: str, text: str) -> None:
-        """The run would work, but the user should know."""
-        self.say("warning", topic, text)
-
-    def wrong(self, topic: str, text: str) -> None:
-        """The run would fail."""
-        self.say("WRONG", topic, text)
-
-    def attempt(self, topic: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns; None, and a line, if it raises a SurfError."""
-        try:
-            return work()
-        except SurfError as error:
-            self.wrong(topic, str(error))
-            return None
 
 
 @dataclass
@@ -198,11 +165,8 @@ def _images(report: Report, cfg: config.Config, found: Found, cores: int, near: 
             report.ok("images", f"{group}: all {len(unique):,} are readable")
             continue
         share = len(bad) / len(unique)
-        kinds = Counter(seen.errors[name] for name in bad)
         examples = "; ".join(f"{name}: {seen.errors[name]}" for name in bad[:_SHOWN])
         text = f"{group}: {len(bad):,} of {len(unique):,} cannot be used ({examples}{'; …' if len(bad) > _SHOWN else ''})"
-        if len(kinds) > 1:
-            text += f"; {', '.join(f'{count:,} x {kind}' for kind, count in kinds.most_common(_SHOWN))}"
         limit_text = f"{share:.2%}, images.max_bad_share is {cfg.images.max_bad_share:.2%}"
         if group == "questions":
             report.wrong("images", f"{text}; an evaluation must be complete; next: mend images.roots")

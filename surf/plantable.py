@@ -62,6 +62,8 @@ def time(seconds: float | None) -> str:
         return ""
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    if seconds < 9.95 * 60:
+        return f"{seconds / 60:.1f} min"
     if seconds < 99.5 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"

@@ -62,6 +62,15 @@ def test_targets_are_nouns(workflow, target, includes, excludes):
     assert not excludes & rules
 
 
+def test_check_needs_neither_data_nor_other_jobs_and_fails_with_what_it_finds(workflow):
+    assert workflow.plan("check") == {"check": 1, "resolved_config": 1}
+    words = ["--configfile", "configs/llava-1.5-7b.yaml", "--config", "embed={model: 'local-dir:x'}"]
+    done = workflow.run("check", *words, check=False)
+    assert done.returncode != 0
+    assert "data/images: there is no such image root" in done.output
+    assert " wrong, " in done.output
+
+
 def test_the_papers_run_shows_its_dag_without_data_and_says_what_is_missing_before_the_first_job(workflow):
     plan = workflow.plan("--configfile", "configs/llava-1.5-7b.yaml")
     assert (plan["embed"], plan["answer"], plan["finetune"], "demo" in plan) == (50, 200, 1, False)
