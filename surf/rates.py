@@ -97,11 +97,14 @@ def of_results(cfg: Config, source: str = "finished parts") -> Rates:
     stages.update({f"pope_answer/{count}": _stage(found, source) for count, found in by_references.items()})
     loading = stages["embed"].start
     for key, folder in {"retrieve": "neighbors", "pope_retrieve": "pope/neighbors"}.items():
-        # it embeds the images that the corpus lacks before its clock says "loaded"
-        base = loading.typical if loading else 0.0
+        # It embeds the images that the corpus lacks before its clock says "loaded": what a start of `embed` takes is its start
+        # too, the rest is work.
         figures = _figures(results / folder)
-        rows = tuple(max(0.0, one["start_seconds"] + one["work_seconds"] - base) / one["rows"] for one in figures)
-        stages[key] = Stage(Measure(rows, source), loading) if rows and loading else Stage()
+        totals = [one["start_seconds"] + one["work_seconds"] for one in figures]
+        if loading and totals:
+            base = min(loading.typical, *totals)
+            rows = tuple((total - base) / one["rows"] for total, one in zip(totals, figures, strict=True))
+            stages[key] = Stage(Measure(rows, source), Measure((base,), source))
     stages["finetune"] = _training(results, source)
     wrong, asked = _shares(results, source)
     pairs = _pairs(results)

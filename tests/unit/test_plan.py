@@ -225,6 +225,10 @@ def test_telemetry_and_shares_of_finished_parts(tmp_path):
     part("answers", "part-1", answers, work_seconds=8.0, load_seconds=5.0)  # telemetry of an older surf
     part("scores/answers", "part-0", verdicts, work_seconds=1.0, start_seconds=2.0)
     part("reanswers", "part-0", again, work_seconds=3.0, start_seconds=7.0)
+    for dataset, start in (("embeddings", 7.0), ("neighbors", 5.0), ("pope/neighbors", 11.0)):
+        figures = {"rows": 4, "start_seconds": start, "work_seconds": 2.0}
+        store.write_json(tmp_path / dataset / "_telemetry/part-0.json", figures)
+        store.write_text(tmp_path / dataset / "part-0.parquet", "")
     (tmp_path / "answers/_telemetry/lost.json").write_text('{"rows": 1, "work_seconds": 99}')
     log = "10:00:00 step 1/3  loss 2  lr 1e-5  1.00 samples/s  0:00:09 left\n"
     log += "10:00:04 step 3/3  loss 1  lr 0e-5  4.00 samples/s  0:00:00 left\n"
@@ -235,5 +239,9 @@ def test_telemetry_and_shares_of_finished_parts(tmp_path):
     assert found.stages["reanswer"].row.values == (0.5,)
     assert found.stages["finetune"].row.values == (0.25,)
     assert found.wrong == (2, 8) and found.asked.values == (3.0,)
-    assert "embed" not in found.stages
+    # retrieve: as long in all as it was, and no longer start than embed's
+    both = [found.stages[key] for key in ("retrieve", "pope_retrieve")]
+    assert [one.start.values[0] for one in both] == pytest.approx([7.0, 7.0])
+    assert [one.row.values[0] for one in both] == pytest.approx([0.0, 1.5])
+    assert "finetune" in found.stages and "score/reanswers" not in found.stages
     assert rates.of_results(made_up(results=str(tmp_path / "nothing"))) == rates.Rates({}, None, None, None)
