@@ -107,8 +107,15 @@ class Lvlm(Section):
         default=True, description="Pad images to a square of the mean colour, as LLaVA-1.5 was trained."
     )
     caption_chars: Positive = Field(default=1200, description="Captions in prompts are cut to this many characters.")
-    batch_tokens: Positive = Field(json_schema_extra=KNOB, default=65_536, description="Prompt tokens, padded, a forward pass.")
-    batch_size: Positive = Field(json_schema_extra=KNOB, default=64, description="Prompts in one forward pass, at most.")
+    batch_tokens: Positive = Field(
+        json_schema_extra=KNOB, default=65_536, description="Tokens in one batch, with padding and answers."
+    )
+    batch_size: Positive = Field(json_schema_extra=KNOB, default=256, description="Prompts in one forward pass, at most.")
+    compile: bool = Field(
+        json_schema_extra=KNOB,
+        default=True,
+        description="On a GPU, compile norms and feed-forward blocks to answer faster; takes seconds at the start of a job.",
+    )
 
 
 class Answer(Section):
