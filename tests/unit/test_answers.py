@@ -1,6 +1,7 @@
 """Embedding, first answers and re-answers, with real open_clip and transformers models of tiny size and random weights."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -372,3 +373,45 @@ def test_a_reference_that_vanished_goes_to_quarantine_and_the_next_is_asked(tmp_
         hidden.write_bytes(data)
     assert sorted(errors) == ["c0#0#1", "c2#0#1"]
     assert sorted({row["rank"] for row in store.rows(table)}) == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_reanswers_in_turns_are_those_of_one_round_after_the_other(tmp_path, pictures, stop_early):
+    """Rounds of different images stop at different ranks; turns stay full, and every reference is asked as if alone."""
+    draw = random.Random(0)
+    rows = [
+        {"round_id": f"c{n}#0", "image": f"{n // 3}.png", "question": "What?", "answer": "yes", "task": "short", "base": 0.0}
+        for n in range(30)
+    ]
+    near = {f"{n}.png": [(r, Reference(f"{10 + r}.png", "x")) for r in range(draw.randrange(0, 7))] for n in range(10)}
+    helpful = {(row["round_id"], rank) for row in rows for rank in range(6) if draw.random() < 0.4}
+    numbers = {stable_hash(0, row["round_id"], rank): (row["round_id"], rank) for row in rows for rank in range(6)}
+    sizes = []
+
+    class Seeing(Scripted):
+        def respond(self, requests, **_):
+            sizes.append(len(requests))
+            return ["yes" if numbers[request.seed] in helpful else "no" for request in requests]
+
+    expected = []
+    for row in rows:
+        kinds = set()
+        for rank in range(min(6, len(near[row["image"]]))):
+            if stop_early and len(kinds) == 2:
+                break
+            kinds.add((row["round_id"], rank) in helpful)
+            expected.append((row["round_id"], rank, "yes" if (row["round_id"], rank) in helpful else "no"))
+    table, errors = reanswer(
+        rows,
+        near,
+        Seeing(()),
+        Images([str(pictures)]),
+        Judge(config.Score()),
+        partial(tmp_path, "reanswers"),
+        lvlm=config.Lvlm(model="unused"),
+        answer=config.Answer(flush_rows=6),
+        options=config.Reanswer(references=6, stop_early=stop_early),
+        seed=0,
+    )
+    assert [(row["round_id"], row["rank"], row["response"]) for row in store.rows(table)] == expected and errors == {}
+    assert sorted(sizes)[len(sizes) // 2] >= 4  # rounds that are done are replaced: most turns are full
