@@ -29,6 +29,7 @@ def generate(
     prefill: Prefill,
     steps: "Steps",
     layout: Layout,
+    hidden: Any,
     *,
     limit: int,
     ends: frozenset[int],
@@ -38,7 +39,8 @@ def generate(
     """New tokens of every prompt, by group and row, without the end token.
 
     Args:
-        prefill: has read the prefixes of this batch.
+        prefill: has read the prompts of this batch.
+        hidden: what `prefill.suffix` returned.
         limit: new tokens, at most.
         ends: tokens that end an answer.
         seeds: of each prompt, by group and row.
@@ -57,10 +59,8 @@ def generate(
         flat = uniforms(seed.reshape(-1), range(first, first + count)) if temperature else np.zeros((seed.size, count))
         return torch.from_numpy(flat).to(device).view(*seed.shape, count)
 
-    hidden = prefill.suffix(layout)
     last = (layout.lengths - 1)[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1])
     ids = pick(prefill.head(hidden.gather(2, last).squeeze(2)), temperature, uniform(0, 1)[:, :, 0])
-    del hidden
     positions = layout.prefix_lengths[:, None] + layout.lengths
     mask = layout.prompt_mask(layout.end)
     alive = _keep(ids.tolist(), names, made, ends, limit)
@@ -210,7 +210,8 @@ class _Step:
     def _work(self) -> None:
         prefill = self.owner.prefill
         prefill.slots.span, prefill.slots.where = None, self.where
-        self.mask[:, 0, self.rows, self.where] = True  # each prompt sees its own newest token
+        own = self.where[None, :, None].expand(len(self.ids), -1, 1)
+        self.mask[:, 0].scatter_(2, own, True)  # each prompt sees its own newest token
         hidden = prefill.forward(self.ids, self.positions, self.mask)
         self.ids.copy_(pick(prefill.head(hidden), self.temperature, self.uniform))
         self.positions += 1

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ FORWARD = 64  # images in one forward pass of the vision tower
 
 def pool() -> ThreadPoolExecutor:
     """Threads that decode images."""
-    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "image")
+    return ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0))), "image")
 
 
 class Ahead:
@@ -60,15 +60,15 @@ class Features:
     def __contains__(self, name: str) -> bool:
         return name in self.kept
 
-    def __call__(self, names: Sequence[str], pixels: Callable[[str], Any]) -> list[Any]:
-        """Features [tokens, hidden] of each image. `pixels` gives [3, height, width] of those that are not kept."""
+    def __call__(self, names: Sequence[str], pixels: Mapping[str, Any]) -> list[Any]:
+        """Features [tokens, hidden] of each image. `pixels` [3, height, width] has at least those that are not kept."""
         import torch
 
         found = {name: self.kept[name] for name in names if name in self.kept}
         missing = [name for name in dict.fromkeys(names) if name not in found]
         for start in range(0, len(missing), FORWARD):
             part = missing[start : start + FORWARD]
-            made = self.encode(torch.stack([pixels(name) for name in part]))
+            made = self.encode(torch.stack([pixels[name] for name in part]))
             found.update((name, features.clone()) for name, features in zip(part, made, strict=True))  # no view of the batch
         for name in dict.fromkeys(names):
             if name not in self.kept:

@@ -122,11 +122,14 @@ class Shared:
 
         with torch.inference_mode():
             layout = self._prefix(batch, pixels, min(STEPS, limit - 1))
+            with self._clock("suffix"):
+                hidden = self.prefill.suffix(layout)
             with self._clock("decode"):
                 return generate(
                     self.prefill,
                     self.steps,
                     layout,
+                    hidden,
                     limit=limit,
                     ends=self.ends,
                     temperature=temperature,
@@ -219,8 +222,11 @@ class Shared:
         """Read the prefixes of a batch, with room for some steps."""
         expanded = [_expand(one.prefix, self.image, self.image_tokens) for one in batch]
         layout = Layout(batch, expanded, self._pad, self.model.device)
+        names = [name for one in batch for name in one.images]
+        with self._clock("image"):
+            new = {name: pixels(name) for name in dict.fromkeys(names) if name not in self.features}
         with self._clock("vision"):
-            features = self.features([name for one in batch for name in one.images], pixels)
+            features = self.features(names, new)
         with self._clock("prefix"):
             self.prefill.prefix(layout, features, self.image, places(layout.end, layout.width, steps))
         return layout

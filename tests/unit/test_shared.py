@@ -129,14 +129,11 @@ def test_an_image_is_encoded_once_while_its_features_are_kept(fast, monkeypatch)
 def test_features_keep_the_latest_up_to_their_limit():
     import torch
 
-    asked = []
-    kept = Features(lambda pixels: pixels * 2, limit=3 * 8)
-
-    def pixels(name):
-        asked.append(name)
-        return torch.tensor([float(name), 0.0])
-
-    assert [one[0].item() for one in kept(["1", "2", "1"], pixels)] == [2.0, 4.0, 2.0] and asked == ["1", "2"]
+    made = []
+    kept = Features(lambda pixels: made.append(len(pixels)) or pixels * 2, limit=3 * 8)
+    pixels = {name: torch.tensor([float(name), 0.0]) for name in "12345678"}
+    assert [one[0].item() for one in kept(["1", "2", "1"], pixels)] == [2.0, 4.0, 2.0] and made == [2]
+    assert [one[0].item() for one in kept(["2", "1"], {})] == [4.0, 2.0]
     kept(["3"], pixels)
     kept(["1"], pixels)  # now the latest
     kept(["4"], pixels)
