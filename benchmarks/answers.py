@@ -300,13 +300,13 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few rows, for the CPU")
     parser.add_argument("--images", type=int, default=600, help="images of the first row; the others take a part of it")
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="lvlm.batch_tokens")
-    parser.add_argument("--batch-size", type=int, default=256, help="lvlm.batch_size")
+    parser.add_argument("--batch-size", type=int, default=512, help="lvlm.batch_size")
     parser.add_argument("--no-compile", action="store_true", help="lvlm.compile: false")
     args = parser.parse_args()
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 256, 24, 512)
+    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 256, 24, 2048)
     options = config.Lvlm(
         dtype="float32" if args.tiny else "bfloat16",
         batch_tokens=args.batch_tokens,

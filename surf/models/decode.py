@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from surf.models.prefill import Layout, Prefill
-from surf.models.prefix import BLOCK, FULL, up
+from surf.models.prefix import BLOCK, FULL, up, wide
 from surf.models.sampling import pick, uniforms
 
 log = logging.getLogger("surf")
@@ -21,8 +21,8 @@ log = logging.getLogger("surf")
 Names = list[list[tuple[int, int]]]
 
 STEPS = 8  # steps for which room is made at first; then twice as many each time
-GRAPHS = 32  # recorded shapes that are kept
-EAGER = 4  # steps of a shape that run before it is recorded: recording takes about as long as that many
+GRAPHS = 64  # recorded shapes that are kept
+EAGER = 3  # steps of a shape that run before it is recorded: recording takes about as long as that many
 
 
 def generate(
@@ -74,8 +74,7 @@ def generate(
         seed = seed[kept[:, None], index]
         pair = torch.from_numpy(kept).to(device)[:, None], torch.from_numpy(index).to(device)
         used, length = mask.shape[-1], places(mask.shape[-1], index.shape[1], block)
-        if prefill.slots.regroup(kept, used, length):
-            steps.clear()
+        prefill.slots.regroup(kept, used, length)
         mask = torch.nn.functional.pad(mask[pair], (0, length - used))
         run = steps.start(ids[pair], positions[pair], mask, used, temperature)
         numbers = uniform(done, block)
@@ -91,13 +90,14 @@ def generate(
 
 
 def places(used: int, width: int, steps: int) -> int:
-    """Places of a group that has room for some more steps."""
-    return up(used + width * steps, BLOCK)
+    """Places of a group with room for some more steps."""
+    return up(used + wide(width) * steps, BLOCK)
 
 
 def _all(names: Names) -> tuple[list[list[int]], np.ndarray]:
     """See `_alive`: nothing changes."""
-    return [list(range(len(own))) for own in names], np.arange(len(names))
+    fill = [-1] * (wide(len(names[0])) - len(names[0]))
+    return [list(range(len(own))) + fill for own in names], np.arange(len(names))
 
 
 def _alive(names: Names) -> tuple[list[list[int]], np.ndarray]:
@@ -108,7 +108,7 @@ def _alive(names: Names) -> tuple[list[list[int]], np.ndarray]:
     rows = [[row for row, name in enumerate(own) if name != (-1, -1)] for own in names]
     order = sorted(range(len(rows)), key=lambda group: (not rows[group], group))
     kept = sorted(order[: up(sum(map(bool, rows)), FULL)])
-    width = max(map(len, rows))
+    width = wide(max(map(len, rows)))
     return [rows[group] + [-1] * (width - len(rows[group])) for group in kept], np.array(kept)
 
 
@@ -139,9 +139,13 @@ class Steps:
         self.prefill, self.record = prefill, record
         self.shapes: OrderedDict[tuple[Any, ...], _Step] = OrderedDict()
         self.pool: Any = None
+        self.moves = prefill.slots.moves
 
     def start(self, ids: Any, positions: Any, mask: Any, where: int, temperature: float) -> "_Step":
         """A step whose first new token goes to place `where`. ids, positions: [groups, width]; mask [groups, width, length]."""
+        if self.moves != self.prefill.slots.moves:  # recorded steps would read what is no longer there
+            self.clear()
+            self.moves = self.prefill.slots.moves
         key = (*mask.shape, temperature)
         step = self.shapes.pop(key, None) or _Step(self, ids, mask, temperature)
         self.shapes[key] = step
@@ -151,7 +155,7 @@ class Steps:
         return step
 
     def clear(self) -> None:
-        """Forget all shapes, as the cache has moved."""
+        """Forget all shapes."""
         self.shapes.clear()
         self.pool = None
 
@@ -167,7 +171,7 @@ class Steps:
                 work()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
             self.record = False
             log.warning(
                 "decoding steps are not recorded as CUDA graphs (%s): slower, equal results", str(error).splitlines()[0]

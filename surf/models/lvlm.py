@@ -66,7 +66,7 @@ class Lvlm:
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
         texts = [prompts.chat(self.processor, request.prompt) for request in requests]
-        ids = [processing.token_ids(self.processor, text) for text in texts]
+        ids = processing.tokens(self.processor, texts)
         answers = [""] * len(requests)
 
         def plain(rows: Sequence[int]) -> list[str]:
@@ -74,6 +74,7 @@ class Lvlm:
 
         def shared(batch: Sequence[prefix.Group], pixels: Any) -> list[str]:
             assert self.shared is not None
+            self.shared.reserve(self.budget)
             seeds = [[requests[row].seed for row in one.rows] for one in batch]
             made = self.shared.generate(batch, pixels, max_new_tokens, temperature, seeds)
             return self._texts([tokens for own in made for tokens in own])
@@ -83,13 +84,13 @@ class Lvlm:
 
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """See `surf.models.Responder`."""
-        starts = [len(processing.token_ids(self.processor, prompts.chat(self.processor, one.prompt))) for one in requests]
+        asked = processing.tokens(self.processor, [prompts.chat(self.processor, request.prompt) for request in requests])
         whole = [
             processing.with_end(self.processor, prompts.chat(self.processor, request.prompt, gold))
             for request, gold in zip(requests, golds, strict=True)
         ]
-        ids = [processing.token_ids(self.processor, text) for text in whole]
-        sizes = [len(own) - start for own, start in zip(ids, starts, strict=True)]
+        ids = processing.tokens(self.processor, whole)
+        sizes = [len(own) - len(first) for own, first in zip(ids, asked, strict=True)]
         values = [0.0] * len(requests)
 
         def plain(rows: Sequence[int]) -> list[float]:
@@ -97,6 +98,7 @@ class Lvlm:
 
         def shared(batch: Sequence[prefix.Group], pixels: Any) -> list[float]:
             assert self.shared is not None
+            self.shared.reserve(self.budget)
             return self.shared.loglik(batch, pixels, [[sizes[row] for row in one.rows] for one in batch])
 
         self._run(requests, ids, sizes, 0, plain, shared, values)

@@ -25,6 +25,8 @@ class Slots:
     def __init__(self) -> None:
         self.buffers: dict[int, Any] = {}
         self.groups = self.length = 0  # shape in use
+        self.least = 0  # places of a new buffer, at least: a buffer that grows leaves holes in the device's memory
+        self.moves = 0  # counts new addresses
         self.span: tuple[int, int] | None = None  # where the next tokens go, or
         self.where: Any = None  # the same as a tensor [tokens]
 
@@ -54,17 +56,14 @@ class Slots:
         """See `get_seq_length`."""
         return tokens, 0
 
-    def regroup(self, kept: Any, used: int, length: int) -> bool:
-        """Keep the first `used` places of the groups `kept` (int64 array) and make room for `length` places each.
-
-        Returns whether addresses changed.
-        """
+    def regroup(self, kept: Any, used: int, length: int) -> None:
+        """Keep the first `used` places of the groups `kept` (int64 array) and make room for `length` places each."""
         import torch
 
         if length == self.length and len(kept) == self.groups:
-            return False
-        moved = False
-        for layer, buffer in list(self.buffers.items()):
+            return
+        for layer in list(self.buffers):
+            buffer = self.buffers[layer]
             _, heads, dim = buffer.shape
             index = torch.from_numpy(kept).to(buffer.device)
             size = self.groups * self.length
@@ -72,16 +71,16 @@ class Slots:
                 part[:size].view(self.groups, heads, self.length, dim)[:, :, :used].index_select(0, index)
                 for part in self._split(buffer)
             ]
+            del buffer  # the old one goes before a larger one comes
             new = self._room(layer, both[0], len(kept), length)
-            moved |= new is not buffer
             for part, old in zip(self._split(new), both, strict=True):
                 part[: len(kept) * length].view(len(kept), heads, length, dim)[:, :, :used] = old
         self.groups, self.length = len(kept), length
-        return moved
 
     def clear(self) -> None:
         """Give the memory back."""
         self.buffers.clear()
+        self.moves += 1
 
     def _views(self, layer: int, like: Any) -> tuple[Any, Any]:
         _, heads, _, dim = like.shape
@@ -100,8 +99,10 @@ class Slots:
         _, heads, _, dim = like.shape
         buffer = self.buffers.get(layer)
         if buffer is None or buffer.shape[0] < 2 * groups * length:
-            self.buffers.pop(layer, None)  # first: there may be no room for both
-            buffer = self.buffers[layer] = like.new_zeros(2 * groups * length, heads, dim)
+            self.buffers.pop(layer, None)
+            del buffer
+            self.moves += 1
+            buffer = self.buffers[layer] = like.new_zeros(2 * max(groups * length, self.least), heads, dim)
         return buffer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 ALIGN = 8  # lengths are rounded up to this: attention kernels want masks of aligned rows
-BLOCK = 64  # places of a batch in the key-value cache are rounded up to this, so that few shapes occur
+BLOCK = 128  # places of a batch in the key-value cache are rounded up to this, so that few shapes occur
 FULL = 8  # batches have a multiple of this many groups where there are more, for the same reason
 
 
@@ -74,12 +74,18 @@ def up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
+def wide(width: int) -> int:
+    """Rows of a group while it is decoded: a power of two, or one and a half; few different numbers for the same reason."""
+    power = 1 << max(0, (width - 1).bit_length())
+    return power * 3 // 4 if width <= power * 3 // 4 and power >= 4 else power
+
+
 def cost(groups: Sequence[Group], new_tokens: int) -> int:
     """Places in the key-value cache that a batch takes, with its padding."""
     prefix = up(max(one.length for one in groups), ALIGN)
     width = max(len(one.rows) for one in groups)
     suffix = up(max(len(one.suffixes[0]) for one in groups), ALIGN)
-    return len(groups) * up(prefix + width * (suffix + new_tokens), BLOCK)
+    return len(groups) * up(prefix + width * suffix + wide(width) * new_tokens, BLOCK)
 
 
 def take(groups: list[Group], new_tokens: int, budget: int, size: int) -> list[Group]:

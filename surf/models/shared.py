@@ -162,6 +162,10 @@ class Shared:
                 means = [own.mean() for own in torch.cat(scores).split(flat)]
                 return [float(value) for value in torch.stack(means).tolist()]
 
+    def reserve(self, places: int) -> None:
+        """Tell how many places in the key-value cache the largest batch may take."""
+        self.prefill.slots.least = places if self.model.device.type == "cuda" else 0
+
     def clear(self) -> None:
         """Give back the memory of caches and graphs."""
         self.steps.clear()

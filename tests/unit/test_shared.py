@@ -215,3 +215,35 @@ def test_compiled_parts_change_nothing_and_a_failure_is_survived(fast, caplog):
         torch._dynamo.reset()
     assert not shared.fuse(decoder, backend="no such compiler") and "not compiled" in caplog.text
     assert fast.respond(requests, max_new_tokens=5) == expected
+
+
+def test_recorded_steps_are_run_again_for_equal_shapes_only(fast, slow, monkeypatch):
+    """On the CPU nothing can be recorded: here a "graph" calls the step again, on the tensors that stayed in place."""
+
+    class Graph:
+        def __init__(self, work):
+            self.replay = work
+
+    recorded = []
+    steps = fast.shared.steps
+    steps.clear()
+    monkeypatch.setattr(steps, "record", True)
+    monkeypatch.setattr(steps, "capture", lambda work: recorded.append(1) or Graph(work))
+    requests = some(12)
+    expected = slow.respond(requests, max_new_tokens=12)
+    assert [fast.respond(requests, max_new_tokens=12) for _ in range(3)] == [expected] * 3
+    first = len(recorded)
+    assert 0 < first == sum(step.graph is not None for step in steps.shapes.values())
+    kept = {id(step) for step in steps.shapes.values()}
+    more = some(60, seed=3)
+    assert fast.respond(more, max_new_tokens=12) == slow.respond(more, max_new_tokens=12)  # the cache grows and moves
+    assert not kept & {id(step) for step in steps.shapes.values()}
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(fast, slow, monkeypatch, caplog):
+    steps = fast.shared.steps
+    steps.clear()
+    monkeypatch.setattr(steps, "record", True)  # there is no CUDA here
+    requests = some(6)
+    assert fast.respond(requests, max_new_tokens=9) == slow.respond(requests, max_new_tokens=9)
+    assert not steps.record and "not recorded as CUDA graphs" in caplog.text
