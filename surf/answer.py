@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from surf import cli, config, prompts, quarantine, store
+from surf import cli, config, prompts, quarantine, store, workers
 from surf.errors import ImageError
 from surf.images import Images
-from surf.models import Request, Responder
+from surf.models import Request, Responder, features
 from surf.shards import stable_hash
 from surf.telemetry import Clock
 
@@ -40,16 +40,25 @@ def answer(
     finished = {row["round_id"] for row in done}
     todo = [row for row in store.rows(rounds) if row["round_id"] not in finished]
     errors: dict[str, str] = {}
-    for chunk in cli.chunks(todo, options.flush_rows, desc="answer", unit="round"):
+
+    def work(chunk: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         bad = unreadable(images, (row["image"] for row in chunk))
         errors.update({row["round_id"]: bad[row["image"]] for row in chunk if row["image"] in bad})
         asked: list[Asked] = [(row, -1, None, None) for row in chunk if row["image"] not in bad]
         fresh = respond(asked, responder, lvlm, options, seed)
         partial.save(store.table_of(fresh, "answers"))
+        return fresh
+
+    for fresh in workers.lanes(cli.chunks(todo, options.flush_rows, desc="answer", unit="round"), work):
         done += fresh
+    return in_order(done, rounds), errors
+
+
+def in_order(done: Iterable[dict[str, Any]], rounds: pa.Table) -> pa.Table:
+    """Those of the finished rows that answer one of `rounds`, in their order."""
     place = {round_id: number for number, round_id in enumerate(rounds["round_id"].to_pylist())}
-    done.sort(key=lambda row: place[row["round_id"]])
-    return store.table_of(done, "answers"), errors
+    own = [row for row in done if row["round_id"] in place]
+    return store.table_of(sorted(own, key=lambda row: place[row["round_id"]]), "answers")
 
 
 def respond(
@@ -75,13 +84,17 @@ def respond(
 
 def unreadable(images: Images, names: Iterable[str]) -> dict[str, str]:
     """Which of the images cannot be opened, and why."""
-    errors = {}
-    for name in dict.fromkeys(names):
+
+    def look(name: str) -> str:
         try:
             images.open(name)
         except ImageError as error:
-            errors[name] = str(error)
-    return errors
+            return str(error)
+        return ""
+
+    different = list(dict.fromkeys(names))
+    with features.pool() as threads:
+        return {name: error for name, error in zip(different, threads.map(look, different), strict=True) if error}
 
 
 def main() -> None:
@@ -94,17 +107,24 @@ def main() -> None:
         paths=["rounds", "out", "quarantine"],
         extras={"seed": {"type": int, "default": 0}},
     )
-    from surf.models import lvlm
-
     clock = Clock()
     rounds = store.read_table(args.rounds, "rounds")
-    images = Images(args.images.roots, args.images.max_pixels, cached=256)
-    responder = lvlm.load(args.lvlm, images)
-    clock.loaded()
     flags = cli.flags(lvlm=args.lvlm, answer=args.answer)
     version = args.answer.version
     partial = store.Partial(args.out, "answers", flags=flags, version=version, seed=args.seed, input=store.digest(rounds))
-    result, errors = answer(rounds, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)
+    if count := workers.wanted():
+        errors = workers.lead(count, partial, rounds.num_rows, desc="answer", unit="round")
+        result = in_order(store.rows(partial.read()), rounds)
+    else:
+        from surf.models import lvlm
+
+        images = Images(args.images.roots, args.images.max_pixels, cached=1024)
+        responder = lvlm.load(args.lvlm, images)
+        clock.loaded()
+        own = store.table_of(workers.mine(store.rows(rounds), lambda row: row["image"]), "rounds")
+        result, errors = answer(own, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)
+        if workers.report(errors):
+            return
     quarantine.settle(
         args.quarantine,
         errors,

@@ -72,7 +72,7 @@ class Embed(Section):
 
     model: Name = Field(default="ViT-L-14-quickgelu", description="open_clip model name, or local-dir:PATH.")
     pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
-    batch_size: Positive = Field(json_schema_extra=KNOB, default=256, description="Images a forward pass.")
+    batch_size: Positive = Field(json_schema_extra=KNOB, default=512, description="Images a forward pass.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
     workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
 
@@ -107,8 +107,15 @@ class Lvlm(Section):
         default=True, description="Pad images to a square of the mean colour, as LLaVA-1.5 was trained."
     )
     caption_chars: Positive = Field(default=1200, description="Captions in prompts are cut to this many characters.")
-    batch_tokens: Positive = Field(json_schema_extra=KNOB, default=65_536, description="Prompt tokens, padded, a forward pass.")
-    batch_size: Positive = Field(json_schema_extra=KNOB, default=64, description="Prompts in one forward pass, at most.")
+    batch_tokens: Positive = Field(
+        json_schema_extra=KNOB, default=65_536, description="Tokens in one batch, with padding and answers."
+    )
+    batch_size: Positive = Field(json_schema_extra=KNOB, default=512, description="Prompts in one forward pass, at most.")
+    compile: bool = Field(
+        json_schema_extra=KNOB,
+        default=True,
+        description="On a GPU, compile norms and feed-forward blocks to answer faster; takes seconds at the start of a job.",
+    )
 
 
 class Answer(Section):
@@ -119,7 +126,7 @@ class Answer(Section):
     gold_loglik: bool = Field(
         default=False, description="Also compute the mean log-likelihood of the gold answer (one more forward pass)."
     )
-    flush_rows: Positive = Field(json_schema_extra=KNOB, default=512, description="Rows between two saves of unfinished work.")
+    flush_rows: Positive = Field(json_schema_extra=KNOB, default=2048, description="Rows between two saves of unfinished work.")
 
 
 class Retrieve(Section):

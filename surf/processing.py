@@ -100,6 +100,14 @@ def token_ids(processor: Any, text: str) -> list[int]:
     return list(ids)
 
 
+def tokens(processor: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`token_ids` of many texts at once, which takes less time."""
+    if not texts:
+        return []
+    made = processor.tokenizer(list(texts), add_special_tokens=_lacks_bos(processor, texts), verbose=False)
+    return [list(ids) for ids in made["input_ids"]]
+
+
 def with_end(processor: Any, text: str) -> str:
     """A rendered chat that closes with the end token: the answer's last token, which a model must learn to write.
 

@@ -6,13 +6,16 @@ With `reanswer.stop_early` a round is left as soon as one positive and one negat
 similar of each kind, which are then the first of each kind, so leaving early changes no pair.
 """
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from surf import cli, config, prompts, quarantine, score, store
+from surf import cli, config, prompts, quarantine, score, store, workers
 from surf.answer import respond, unreadable
 from surf.images import Images
 from surf.models import Responder
@@ -43,29 +46,66 @@ def reanswer(
     Returns:
         (table with the columns of `reanswers`, in the order of `wrong` and rank; {"round_id#rank": error})
     """
-    done = {(row["round_id"], row["rank"]): row for row in store.rows(partial.read())}
+    own = {row["round_id"] for row in wrong}
+    saved = (row for row in store.rows(partial.read()) if row["round_id"] in own)
+    done = {(row["round_id"], row["rank"]): row for row in saved}
     errors: dict[str, str] = {}
-    for chunk in cli.chunks(wrong, answer.flush_rows, desc="reanswer", unit="round"):
-        active = list(chunk)
-        kinds: dict[str, set[bool | None]] = {row["round_id"]: set() for row in active}
-        for rank in range(options.references):
-            active = [row for row in active if rank < len(references.get(row["image"], ()))]
-            asked = [(row, rank, *references[row["image"]][rank]) for row in active]
-            bad = unreadable(images, (name for row, _, _, ref in asked for name in (ref.image, row["image"])))
-            errors.update({f"{row['round_id']}#{rank}": bad[ref.image] for row, _, _, ref in asked if ref.image in bad})
-            asked = [one for one in asked if one[3].image not in bad and one[0]["image"] not in bad]
-            fresh = [one for one in asked if (one[0]["round_id"], rank) not in done]
-            rows = respond(fresh, responder, lvlm, answer, seed)
-            partial.save(store.table_of(rows, "reanswers"))
-            done.update({(row["round_id"], row["rank"]): row for row in rows})
-            if options.stop_early:
-                answered = [(row, done[row["round_id"], rank]) for row, _, _, _ in asked]
-                for (row, _), kind in zip(answered, judge.labels(answered), strict=True):
-                    kinds[row["round_id"]].add(kind)
-                active = [row for row in active if not {True, False} <= kinds[row["round_id"]]]
+
+    def turn(active: Sequence[_Round]) -> None:
+        """Ask each round about its next reference."""
+        asked = [(one.row, one.rank, *references[one.row["image"]][one.rank]) for one in active]
+        bad = unreadable(images, (name for row, _, _, ref in asked for name in (ref.image, row["image"])))
+        errors.update({f"{row['round_id']}#{rank}": bad[ref.image] for row, rank, _, ref in asked if ref.image in bad})
+        asked = [one for one in asked if one[3].image not in bad and one[0]["image"] not in bad]
+        rows = respond([one for one in asked if (one[0]["round_id"], one[1]) not in done], responder, lvlm, answer, seed)
+        partial.save(store.table_of(rows, "reanswers"))
+        done.update({(row["round_id"], row["rank"]): row for row in rows})
+        answered = [(row, done[row["round_id"], rank]) for row, rank, _, _ in asked]
+        labels = judge.labels(answered) if options.stop_early else []
+        found = {row["round_id"]: label for (row, _), label in zip(answered, labels, strict=False)}
+        for one in active:
+            one.rank += 1
+            one.kinds.add(found.get(one.row["round_id"]))
+
+    def left(one: _Round) -> bool:
+        limit = min(options.references, len(references.get(one.row["image"], ())))
+        return one.rank < limit and not (options.stop_early and {True, False} <= one.kinds)
+
+    for _ in workers.lanes(_turns(wrong, left, answer.flush_rows), turn):
+        pass
+    return in_order(done.values(), wrong), errors
+
+
+@dataclass
+class _Round:
+    row: Row
+    rank: int = 0  # of the next reference
+    kinds: set[bool | None] = field(default_factory=set)  # of references found so far
+
+
+def _turns(wrong: Sequence[Row], left: Callable[[_Round], bool], size: int) -> Iterator[list[_Round]]:
+    """Rounds of one turn after the other, about `size` of them, until none has anything `left`.
+
+    Rounds that are done make room for the next ones, so that turns stay full. There are two lots, which take turns by turns:
+    `workers.lanes` has two slices at work, and a lot's next turn must wait for its last one.
+    """
+    coming = cli.chunks(wrong, size, desc="reanswer", unit="round")
+    lots: list[list[_Round]] = [[], []]
+    for number in count():
+        lot = [one for one in lots[number % 2] if left(one)]
+        while len(lot) <= size // 2 and (more := next(coming, None)):
+            lot += [one for one in map(_Round, more) if left(one)]
+        lots[number % 2] = lot
+        if not any(lots):
+            return
+        yield lot
+
+
+def in_order(done: Iterable[Row], wrong: Sequence[Row]) -> pa.Table:
+    """Those of the finished rows that answer one of the rounds `wrong`, in their order and that of the ranks."""
     place = {row["round_id"]: number for number, row in enumerate(wrong)}
-    ordered = sorted(done.values(), key=lambda row: (place[row["round_id"]], row["rank"]))
-    return store.table_of(ordered, "reanswers"), errors
+    own = [row for row in done if row["round_id"] in place]
+    return store.table_of(sorted(own, key=lambda row: (place[row["round_id"]], row["rank"])), "reanswers")
 
 
 class Judge:
@@ -74,19 +114,21 @@ class Judge:
     def __init__(self, options: config.Score) -> None:
         self.options = options
         self.scorer = score.scorer(options)
+        self.lock = threading.Lock()  # its encoder is loaded once, whichever lane asks first
 
     def labels(self, answered: Sequence[tuple[Row, Row]]) -> list[bool | None]:
         """For (round, response) rows: True positive, False negative, None undecided."""
         if not answered:
             return []
-        verdicts = score.judge(
-            [row["task"] for row, _ in answered],
-            [response["response"] for _, response in answered],
-            [row["answer"] for row, _ in answered],
-            self.options,
-            self.scorer,
-            [response["gold_loglik"] for _, response in answered],
-        )
+        with self.lock:
+            verdicts = score.judge(
+                [row["task"] for row, _ in answered],
+                [response["response"] for _, response in answered],
+                [row["answer"] for row, _ in answered],
+                self.options,
+                self.scorer,
+                [response["gold_loglik"] for _, response in answered],
+            )
         return [
             score.label(metric, value, correct, row["base"], self.options)
             for (row, _), (metric, value, correct) in zip(answered, verdicts, strict=True)
@@ -135,14 +177,9 @@ def main() -> None:
         paths=["rounds", "scores", "neighbors", "catalog", "out", "quarantine"],
         extras={"seed": {"type": int, "default": 0}},
     )
-    from surf.models import lvlm
-
     clock = Clock()
     wrong = wrong_rounds(args.rounds, args.scores)
     references = references_of(args.neighbors, args.catalog, args.reanswer.references)
-    images = Images(args.images.roots, args.images.max_pixels, cached=1024)
-    responder = lvlm.load(args.lvlm, images)
-    clock.loaded()
     flags = cli.flags(lvlm=args.lvlm, answer=args.answer, reanswer=args.reanswer, score=args.score)
     version = f"{args.reanswer.version}.{args.answer.version}"
     inputs = [store.footer(path)[1]["digest"] for path in (args.rounds, args.scores, args.neighbors)]
@@ -155,18 +192,29 @@ def main() -> None:
         inputs=inputs,
         catalog=store.read_json(args.catalog),
     )
-    table, errors = reanswer(
-        wrong,
-        references,
-        responder,
-        images,
-        Judge(args.score),
-        partial,
-        lvlm=args.lvlm,
-        answer=args.answer,
-        options=args.reanswer,
-        seed=args.seed,
-    )
+    if crew := workers.wanted():
+        errors = workers.lead(crew, partial, None, desc="reanswer", unit="response")
+        table = in_order(store.rows(partial.read()), wrong)
+    else:
+        from surf.models import lvlm
+
+        images = Images(args.images.roots, args.images.max_pixels, cached=1024)
+        responder = lvlm.load(args.lvlm, images)
+        clock.loaded()
+        table, errors = reanswer(
+            workers.mine(wrong, lambda row: row["image"]),
+            references,
+            responder,
+            images,
+            Judge(args.score),
+            partial,
+            lvlm=args.lvlm,
+            answer=args.answer,
+            options=args.reanswer,
+            seed=args.seed,
+        )
+        if workers.report(errors):
+            return
     quarantine.settle(
         args.quarantine,
         errors,

@@ -32,7 +32,7 @@ class Encoder(Protocol):
 
 
 class Responder(Protocol):
-    """Prompts to answers."""
+    """Prompts to answers. Two threads may ask at the same time, see `surf.workers.lanes`."""
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """One answer text for each request, in the order of the requests, stripped of blanks and special tokens.

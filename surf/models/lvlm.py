@@ -1,14 +1,18 @@
 """Vision-language models by transformers: batched, deterministic answers."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
-
-import numpy as np
 
 from surf import config, processing, prompts
 from surf.errors import SurfError
 from surf.images import Images
-from surf.models import Request
+from surf.models import Request, prefix
+from surf.models.sampling import Pick
+from surf.models.shared import Shared
+
+log = logging.getLogger("surf")
 
 
 def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvlm":
@@ -39,42 +43,140 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
 
 
 class Lvlm:
-    """A `Responder`. Prompts of similar length share a batch; no batch changes an answer beyond float noise."""
+    """A `Responder`. Prompts of similar length share a batch; no batch changes an answer beyond float noise.
 
-    def __init__(self, model: Any, processor: Any, images: Images, options: config.Lvlm) -> None:
+    Where the model allows it (`shared.why_not`), prompts with the same images and the same text before the question share
+    one prefix; all other prompts go through the model's own `generate`.
+
+    `respond` and `loglik` may be called from two threads: one prepares its prompts while the other one uses the model.
+
+    Args:
+        share: whether prefixes are shared; None decides.
+    """
+
+    def __init__(self, model: Any, processor: Any, images: Images, options: config.Lvlm, share: bool | None = None) -> None:
         self.model, self.processor, self.images, self.options = model, processor, images, options
         self.image_tokens = processing.image_tokens(processor, options)
+        self.budget = options.batch_tokens  # tokens in one batch; shrinks when memory runs out
+        self.lock = threading.Lock()
+        self.shared: Shared | None = None
+        if share is not False:
+            self.shared = Shared.build(model, processor, images, options, self.image_tokens, check=share is None)
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
         texts = [prompts.chat(self.processor, request.prompt) for request in requests]
+        ids = processing.tokens(self.processor, texts)
         answers = [""] * len(requests)
-        for rows in self._batches(requests, texts, max_new_tokens):
-            batch = [requests[row] for row in rows]
-            made = self._halving(
-                lambda r, t: self._generate(r, t, max_new_tokens, temperature), batch, [texts[i] for i in rows]
-            )
-            for row, answer in zip(rows, made, strict=True):
-                answers[row] = answer
+
+        def plain(rows: Sequence[int]) -> list[str]:
+            return self._generate([requests[r] for r in rows], [texts[r] for r in rows], max_new_tokens, temperature)
+
+        def shared(batch: Sequence[prefix.Group], pixels: Any) -> list[str]:
+            assert self.shared is not None
+            self.shared.reserve(self.budget)
+            seeds = [[requests[row].seed for row in one.rows] for one in batch]
+            made = self.shared.generate(batch, pixels, max_new_tokens, temperature, seeds)
+            return self._texts([tokens for own in made for tokens in own])
+
+        self._run(requests, ids, [0] * len(ids), max_new_tokens, plain, shared, answers)
         return answers
 
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """See `surf.models.Responder`."""
-        texts = [prompts.chat(self.processor, request.prompt) for request in requests]
+        asked = processing.tokens(self.processor, [prompts.chat(self.processor, request.prompt) for request in requests])
+        whole = [
+            processing.with_end(self.processor, prompts.chat(self.processor, request.prompt, gold))
+            for request, gold in zip(requests, golds, strict=True)
+        ]
+        ids = processing.tokens(self.processor, whole)
+        sizes = [len(own) - len(first) for own, first in zip(ids, asked, strict=True)]
         values = [0.0] * len(requests)
-        for rows in self._batches(requests, texts, max(map(len, golds), default=0)):
-            batch = [requests[row] for row in rows]
-            made = self._halving(self._loglik, batch, [golds[row] for row in rows])
-            for row, value in zip(rows, made, strict=True):
-                values[row] = value
+
+        def plain(rows: Sequence[int]) -> list[float]:
+            return self._loglik([requests[r] for r in rows], [whole[r] for r in rows], [sizes[r] for r in rows])
+
+        def shared(batch: Sequence[prefix.Group], pixels: Any) -> list[float]:
+            assert self.shared is not None
+            self.shared.reserve(self.budget)
+            return self.shared.loglik(batch, pixels, [[sizes[row] for row in one.rows] for one in batch])
+
+        self._run(requests, ids, sizes, 0, plain, shared, values)
         return values
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        ids: Sequence[Sequence[int]],
+        kept: Sequence[int],
+        new_tokens: int,
+        plain: Callable[[Sequence[int]], list[Any]],
+        shared: Callable[[Sequence[prefix.Group], Any], list[Any]],
+        results: list[Any],
+    ) -> None:
+        """Fill `results`, batch by batch. The last `kept` tokens of a prompt must stand in its suffix."""
+        sharing, alone = [], []
+        for row, (request, own) in enumerate(zip(requests, ids, strict=True)):
+            first, suffix = prefix.split(own, self.processor.image_token_id)
+            if self.shared and first and len(suffix) > kept[row]:
+                sharing.append((row, first, suffix, request.prompt.images))
+            else:
+                alone.append(row)
+        groups = prefix.group(sharing, self.processor.image_token_id, self.image_tokens)
+        pixels = self.shared.ahead(groups) if self.shared else None
+        try:
+            with self.lock:
+                while groups:
+                    batch = prefix.take(groups, new_tokens, self.budget, self.options.batch_size)
+                    made = self._within_memory(lambda b: shared(b, pixels), batch, prefix.cost(batch, new_tokens))
+                    if made is None:
+                        groups[:0] = batch
+                        continue
+                    for row, result in zip((row for one in batch for row in one.rows), made, strict=True):
+                        results[row] = result
+                lengths = {row: self._length(requests[row], ids[row], new_tokens) for row in alone}
+                alone.sort(key=lambda row: (-lengths[row], requests[row].prompt.text, row))
+                while alone:
+                    rows = alone[: max(1, min(self.options.batch_size, self.budget // lengths[alone[0]]))]
+                    made = self._within_memory(plain, rows, lengths[rows[0]] * len(rows))
+                    if made is None:
+                        continue
+                    del alone[: len(rows)]
+                    for row, result in zip(rows, made, strict=True):
+                        results[row] = result
+        finally:
+            if pixels:
+                pixels.close()
+
+    def _length(self, request: Request, ids: Sequence[int], new_tokens: int) -> int:
+        return len(ids) + len(request.prompt.images) * (self.image_tokens - 1) + new_tokens
+
+    def _within_memory(self, work: Callable[[Any], list[Any]], batch: Sequence[Any], cost: int) -> list[Any] | None:
+        """Run a batch; None if the device's memory does not suffice, after which batches are half as large for good."""
+        import torch
+
+        try:
+            return work(batch)
+        except torch.OutOfMemoryError:
+            prompts_ = sum(len(one.rows) if isinstance(one, prefix.Group) else 1 for one in batch)
+            if prompts_ == 1:
+                raise
+        self.budget = cost // 2
+        log.warning("out of memory with %d prompts of %d tokens: batches of %d tokens from now on", prompts_, cost, self.budget)
+        if self.shared:
+            self.shared.clear()
+        torch.cuda.empty_cache()
+        return None
+
+    def _texts(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        return [text.strip() for text in self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def _generate(self, requests: Sequence[Request], texts: Sequence[str], limit: int, temperature: float) -> list[str]:
         import torch
         from transformers import LogitsProcessorList
 
         batch = self._encode(requests, texts, "left")
-        noise = LogitsProcessorList([_Noise([request.seed for request in requests], temperature)] if temperature else [])
+        noise = LogitsProcessorList([Pick([request.seed for request in requests], temperature)] if temperature else [])
         tokenizer = self.processor.tokenizer
         with torch.inference_mode():
             ids = self.model.generate(
@@ -88,30 +190,23 @@ class Lvlm:
                 logits_processor=noise,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-        new = ids[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        return self._texts(ids[:, batch["input_ids"].shape[1] :])
 
-    def _loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
+    def _loglik(self, requests: Sequence[Request], texts: Sequence[str], sizes: Sequence[int]) -> list[float]:
+        """Mean log-probability of the last `sizes` tokens of each text."""
         import torch
 
-        whole = [
-            processing.with_end(self.processor, prompts.chat(self.processor, request.prompt, gold))
-            for request, gold in zip(requests, golds, strict=True)
-        ]
-        starts = [
-            len(processing.token_ids(self.processor, prompts.chat(self.processor, request.prompt))) for request in requests
-        ]
-        lengths = [len(processing.token_ids(self.processor, text)) for text in whole]
-        batch = self._encode(requests, whole, "right")
+        batch = self._encode(requests, texts, "right")
+        # the processor widens each <image> tag, all of them before the answer: count the answer from the end
+        ends = batch["attention_mask"].sum(1).tolist()
+        places = sorted({place for end, size in zip(ends, sizes, strict=True) for place in range(end - size - 1, end - 1)})
         with torch.inference_mode():
-            logits = self.model(**batch).logits
+            logits = self.model(**batch, logits_to_keep=torch.tensor(places, device=self.model.device)).logits
         values = []
-        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            # the processor widens each <image> tag, all of them before the answer: count the answer from the end
-            size = length - start
-            end = int(batch["attention_mask"][row].sum())
+        for row, (end, size) in enumerate(zip(ends, sizes, strict=True)):
             target = batch["input_ids"][row, end - size : end]
-            scores = logits[row, end - size - 1 : end - 1].float().log_softmax(-1)
+            first = places.index(end - size - 1)
+            scores = logits[row, first : first + size].float().log_softmax(-1)
             values.append(float(scores.gather(-1, target[:, None]).mean()))
         return values
 
@@ -119,53 +214,3 @@ class Lvlm:
         pictures = [[self.images.open(name) for name in request.prompt.images] for request in requests]
         batch = processing.encode(self.processor, list(texts), pictures, padding_side=side, lvlm=self.options)
         return batch.to(self.model.device, dtype=self.model.dtype)
-
-    def _batches(self, requests: Sequence[Request], texts: Sequence[str], new_tokens: int) -> Iterator[list[int]]:
-        """Rows of each batch: sorted by length, filled up to `batch_size` prompts and `batch_tokens` padded tokens."""
-        if not requests:
-            return
-        lengths = [
-            len(processing.token_ids(self.processor, text)) + len(request.prompt.images) * (self.image_tokens - 1) + new_tokens
-            for request, text in zip(requests, texts, strict=True)
-        ]
-        batch: list[int] = []
-        longest = 0
-        for row in sorted(range(len(requests)), key=lambda row: (lengths[row], requests[row].prompt.text, row)):
-            longest = max(longest, lengths[row])
-            full = len(batch) == self.options.batch_size or longest * (len(batch) + 1) > self.options.batch_tokens
-            if batch and full:
-                yield batch
-                batch, longest = [], lengths[row]
-            batch.append(row)
-        yield batch
-
-    def _halving(self, work: Any, requests: Sequence[Request], texts: Sequence[str]) -> list[Any]:
-        """Run a batch; if the GPU's memory does not suffice, run its halves."""
-        import torch
-
-        try:
-            return list(work(requests, texts))
-        except torch.OutOfMemoryError:
-            if len(requests) == 1:
-                raise
-        torch.cuda.empty_cache()
-        half = len(requests) // 2
-        return self._halving(work, requests[:half], texts[:half]) + self._halving(work, requests[half:], texts[half:])
-
-
-class _Noise:
-    """Sampling as greedy search: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
-
-    Each row's noise comes from its own counter-based generator, so the draw does not depend on the batch.
-    """
-
-    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
-        self.seeds, self.temperature, self.step = seeds, temperature, 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        import torch
-
-        size = scores.shape[-1]
-        noise = [np.random.Generator(np.random.Philox(key=[seed, self.step])).gumbel(size=size) for seed in self.seeds]
-        self.step += 1
-        return scores.float() / self.temperature + torch.from_numpy(np.stack(noise).astype(np.float32)).to(scores.device)

@@ -1,6 +1,7 @@
 """Embedding, first answers and re-answers, with real open_clip and transformers models of tiny size and random weights."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from surf.answer import answer
 from surf.embed import embed
 from surf.errors import SurfError
 from surf.images import Images
-from surf.models import Request, lvlm
+from surf.models import Request, lvlm, sampling
 from surf.prompts import Reference
 from surf.reanswer import Judge, reanswer
 from surf.shards import stable_hash
@@ -136,6 +137,12 @@ def responder(tiny_lvlm, pictures):
     return lvlm.load(section(tiny_lvlm), Images([str(pictures)]))
 
 
+@pytest.fixture(scope="module")
+def plain(responder, pictures):
+    """The same model, answering by `generate` alone."""
+    return lvlm.Lvlm(responder.model, responder.processor, Images([str(pictures)]), responder.options, share=False)
+
+
 def requests_of(count, seed=0):
     words = ["What is this?", "Is there a red circle in the image, or two?", "Why?"]
     made = []
@@ -188,30 +195,44 @@ def test_sampling_follows_the_seed(responder):
 def test_sampling_draws_from_the_softmax():
     import torch
 
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -8.0])
-    noise = lvlm._Noise([stable_hash(seed) for seed in range(4000)], temperature=0.7)
-    drawn = noise(None, logits.expand(4000, -1)).argmax(-1)
-    shares = torch.bincount(drawn, minlength=5) / 4000
+    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf, -1.0, -8.0])
+    uniform = torch.from_numpy(sampling.uniforms([stable_hash(seed) for seed in range(4000)], [3]))[:, 0]
+    drawn = sampling.pick(logits.expand(4000, -1), 0.7, uniform)
+    shares = torch.bincount(drawn, minlength=6) / 4000
     torch.testing.assert_close(shares, (logits / 0.7).softmax(-1), atol=0.025, rtol=0)
+    assert shares[3] == 0
 
 
-def test_out_of_memory_halves_the_batch(responder, monkeypatch):
+def test_random_numbers_are_those_of_splitmix64():
+    # first outputs of the generator for seed 1234567, as its authors' C program prints them
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert sampling.uniforms([1234567], range(4))[0].tolist() == [(value >> 11) / 2**53 for value in published]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_out_of_memory_halves_all_batches_that_follow(responder, plain, monkeypatch, shared):
     import torch
 
+    model = responder if shared else plain
     requests = requests_of(9)
-    expected = responder.respond(requests, max_new_tokens=4)
-    sizes = []
-    plain = responder._generate
+    expected = model.respond(requests, max_new_tokens=4)
+    costs = []
+    owner, name = (model.shared, "generate") if shared else (model, "_generate")
+    whole = getattr(owner, name)
 
     def small_gpu(batch, *args):
-        sizes.append(len(batch))
-        if len(batch) > 3:
+        costs.append(sum(len(one.rows) for one in batch) if shared else len(batch))
+        if costs[-1] > 3:
             raise torch.OutOfMemoryError
-        return plain(batch, *args)
+        return whole(batch, *args)
 
-    monkeypatch.setattr(responder, "_generate", small_gpu)
-    assert responder.respond(requests, max_new_tokens=4) == expected
-    assert max(sizes) == 9 and sorted(sizes)[0] <= 3
+    monkeypatch.setattr(model, "budget", model.budget)
+    monkeypatch.setattr(owner, name, small_gpu)
+    assert model.respond(requests, max_new_tokens=4) == expected
+    too_large = [cost for cost in costs if cost > 3]
+    assert costs[: len(too_large)] == too_large and len(too_large) >= 1  # none after the first one that fitted
+    model.budget = 1
+    assert model.respond(requests, max_new_tokens=4) == expected
 
 
 def test_loglik_is_the_mean_log_probability_of_the_gold_answer(responder):
@@ -352,3 +373,45 @@ def test_a_reference_that_vanished_goes_to_quarantine_and_the_next_is_asked(tmp_
         hidden.write_bytes(data)
     assert sorted(errors) == ["c0#0#1", "c2#0#1"]
     assert sorted({row["rank"] for row in store.rows(table)}) == [0, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_reanswers_in_turns_are_those_of_one_round_after_the_other(tmp_path, pictures, stop_early):
+    """Rounds of different images stop at different ranks; turns stay full, and every reference is asked as if alone."""
+    draw = random.Random(0)
+    rows = [
+        {"round_id": f"c{n}#0", "image": f"{n // 3}.png", "question": "What?", "answer": "yes", "task": "short", "base": 0.0}
+        for n in range(30)
+    ]
+    near = {f"{n}.png": [(r, Reference(f"{10 + r}.png", "x")) for r in range(draw.randrange(0, 7))] for n in range(10)}
+    helpful = {(row["round_id"], rank) for row in rows for rank in range(6) if draw.random() < 0.4}
+    numbers = {stable_hash(0, row["round_id"], rank): (row["round_id"], rank) for row in rows for rank in range(6)}
+    sizes = []
+
+    class Seeing(Scripted):
+        def respond(self, requests, **_):
+            sizes.append(len(requests))
+            return ["yes" if numbers[request.seed] in helpful else "no" for request in requests]
+
+    expected = []
+    for row in rows:
+        kinds = set()
+        for rank in range(min(6, len(near[row["image"]]))):
+            if stop_early and len(kinds) == 2:
+                break
+            kinds.add((row["round_id"], rank) in helpful)
+            expected.append((row["round_id"], rank, "yes" if (row["round_id"], rank) in helpful else "no"))
+    table, errors = reanswer(
+        rows,
+        near,
+        Seeing(()),
+        Images([str(pictures)]),
+        Judge(config.Score()),
+        partial(tmp_path, "reanswers"),
+        lvlm=config.Lvlm(model="unused"),
+        answer=config.Answer(flush_rows=6),
+        options=config.Reanswer(references=6, stop_early=stop_early),
+        seed=0,
+    )
+    assert [(row["round_id"], row["rank"], row["response"]) for row in store.rows(table)] == expected and errors == {}
+    assert sorted(sizes)[len(sizes) // 2] >= 4  # rounds that are done are replaced: most turns are full
