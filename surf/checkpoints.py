@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -86,11 +87,20 @@ def restore(out: Path, run: dict[str, Any]) -> bool:
 
 
 def last(checkpoints: Path, run: dict[str, Any]) -> str | None:
-    """The last whole checkpoint of this run. All others are deleted: of other runs, and those that a kill left torn."""
-    same = _read_run(checkpoints).get("fingerprint") == run["fingerprint"]
+    """The last whole checkpoint of this run. All others are deleted: of other runs, and those that a kill left torn.
+
+    Checkpoints of another number of processes are of another run: DeepSpeed cannot read them (its parts of weights and
+    optimizer state have other sizes), and the batch of a step is another one.
+    """
+    before = _read_run(checkpoints)
+    same = before.get("fingerprint") == run["fingerprint"]
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
     whole = [path for path in found if same and _is_whole(path)]
+    if found and not same:
+        old, new = (set(shlex.split(str(one.get("flags", "")))) for one in (before, run))
+        why = f"{' '.join(sorted(old - new))}, now {' '.join(sorted(new - old))}" if old != new else "other data or weights"
+        log.warning("training begins anew: %d checkpoints here are of another run (%s) and are deleted", len(found), why)
     for path in found:
         if path not in whole:
             shutil.rmtree(path, ignore_errors=True)

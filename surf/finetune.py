@@ -74,7 +74,7 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
         "pairs": store.digest(table),
     }
     text = json.dumps([facts, checkpoints.weights_of(lvlm.model)], sort_keys=True)
-    run = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "result": None}
+    run = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "flags": facts["flags"], "result": None}
     if checkpoints.restore(out, run):
         return
     processor = load_processor(lvlm)

@@ -1,4 +1,4 @@
-"""A small form of the embedded example in a folder of its own: its jobs, its saved rows, and how it differs from another one."""
+"""A small form of the embedded example in a folder of its own: its jobs, its saved rows, how it differs from another one."""
 
 import os
 import re
@@ -49,6 +49,7 @@ class Example:
         config["answer"]["flush_rows"] = 8
         config["lvlm"]["batch_size"] = 4
         config["embed"]["batch_size"] = 8
+        config["images"]["max_bad_share"] = 0.2  # one image is missing already, and one more will be
         config["finetune"] |= {"save_steps": 1, "epochs": 1}
         config["pair"]["samples"] = 64
         config["pope"]["questions"] = {"random": config["pope"]["questions"]["random"]}

@@ -40,6 +40,7 @@ class Runner:
         self.events: Counter = Counter()  # (rule, what happened): how often
         self.faults: list[str] = []  # what must not happen
         self.seconds: dict[str, float] = {}
+        self.codes: dict[int, int] = {}  # exit codes of processes that have ended
 
     # --- one attempt ------------------------------------------------------------------------------------------------------
 
@@ -60,17 +61,19 @@ class Runner:
     def wait(self, pid: int, seconds: float = 900) -> int | None:
         """The exit code (negative: the signal's number); None if it is still at work after so many seconds."""
         end = time.monotonic() + seconds
-        while True:
+        while pid not in self.codes:
             self.example.look()
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
-                return os.waitstatus_to_exitcode(status)
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+                break
             if time.monotonic() >= end:
                 return None
             time.sleep(min(0.02, max(0.0, end - time.monotonic())))
+        return self.codes[pid]
 
-    def finish(self, job: Job) -> None:
-        """Run a job to its end, as often as its own message asks for."""
+    def finish(self, job: Job) -> bool:
+        """Run a job to its end, as often as its own message asks for; whether that can be done."""
         for _ in range(5):
             begun = time.monotonic()
             pid = self.start(job)
@@ -79,18 +82,19 @@ class Runner:
                 os.killpg(pid, signal.SIGKILL)
                 self.wait(pid)
                 self.faults.append(f"{job.output}: hangs")
-                return
+                return False
             if code == 0:
                 self.seconds.setdefault(job.output, time.monotonic() - begun)
-                return
+                return True
             tail = self.log(job)
             if "is training this model" in tail:  # orphans of a killed torchrun: do as it says
                 self.events[job.rule, "refused"] += 1
                 self.end_orphans()
                 continue
             self.faults.append(f"{job.output}: exit code {code}: {tail[-500:]}")
-            return
+            return False
         self.faults.append(f"{job.output}: was never finished")
+        return False
 
     def end_orphans(self) -> None:
         """End processes that a killed parent left in this folder, and wait until they are gone."""
@@ -191,8 +195,7 @@ class Runner:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
         self.end_orphans()
-        with suppress(ChildProcessError):
-            self.wait(pid, 60)
+        self.wait(pid, 60)
         whole = sorted(checkpoints.glob("checkpoint-*/_whole"), key=lambda path: int(path.parent.name.split("-")[1]))
         if whole:
             files = [path for path in whole[-1].parent.rglob("*") if path.is_file() and path.stat().st_size > 1]
@@ -241,7 +244,8 @@ def run(
         if others:
             for harm in _others(job, example):
                 getattr(runner, harm)(job)
-        runner.finish(job)
+        if not runner.finish(job):  # what follows would only say so again
+            break
     twice, kept = example.made_twice(), example.kept()
     store.sweep(example.results)
     events = [[rule, what, count] for (rule, what), count in runner.events.items()]
@@ -268,7 +272,7 @@ def _others(job: Job, example: Example) -> list[str]:
 def _words(command: str, folder: Path) -> tuple[list[str], Path]:
     """The words of a shell command, and the log that it writes to."""
     command, _, log = command.partition(" >> ")
-    command = re.sub(r"\$\(dirname ([^)]*)\)", lambda match: os.path.dirname(match[1]), command)
+    command = re.sub(r"\$\(dirname ([^)]*)\)", lambda match: str(Path(match[1]).parent), command)
     return shlex.split(command), folder / (log.split()[0] if log else "results/logs/none.log")
 
 

@@ -1,4 +1,4 @@
-"""The whole example through Snakemake, whose processes are struck at random moments; after each failure its advice is followed."""
+"""The whole example through Snakemake, struck at random moments; after each failure its own advice is followed."""
 
 import os
 import random
