@@ -50,7 +50,7 @@ class Example:
         config["lvlm"]["batch_size"] = 4
         config["embed"]["batch_size"] = 8
         config["images"]["max_bad_share"] = 0.2  # one image is missing already, and one more will be
-        config["finetune"] |= {"save_steps": 1, "epochs": 1}
+        config["finetune"] |= {"save_steps": 1, "epochs": 1, "batch_size": 2}
         config["pair"]["samples"] = 64
         config["pope"]["questions"] = {"random": config["pope"]["questions"]["random"]}
         config["pope"]["suffix"] = " Answer with a single word."  # one line, as `jobs` reads commands
@@ -79,6 +79,11 @@ class Example:
                     continue
                 keys = KEYS[store.footer(path)[1]["dataset"]]
                 self._rows[path] = Counter(map(str, table.select(keys).to_pylist()))
+
+    def saved(self, part: Path) -> set[str]:
+        """Rounds of a part that are saved as unfinished work."""
+        pieces = (part.parent / "_partial" / part.stem).rglob("[!.]*.parquet")
+        return {row for path in pieces for row in pq.read_table(path, partitioning=None)["round_id"].to_pylist()}
 
     def made_twice(self) -> int:
         """Rows that were saved and then made again."""

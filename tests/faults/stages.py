@@ -210,6 +210,7 @@ class Runner:
         images = sorted({row["image"] for row in rounds if (folder / "example/images" / row["image"]).is_file()})
         name = self.draw.choice(images)
         path, aside = folder / "example/images" / name, folder / "aside.jpg"
+        saved = self.example.saved(folder / job.output)
         path.rename(aside)
         code = self.wait(self.start(job))
         aside.rename(path)
@@ -221,7 +222,7 @@ class Runner:
             return
         answered = {row["round_id"] for row in store.rows(store.read_table(folder / job.output, "answers"))}
         bad = {row["key"] for row in store.rows(store.read_table(_flag(job, "quarantine", folder), "quarantine"))}
-        if not gone <= bad or answered | bad != {row["round_id"] for row in rounds} or answered & bad:
+        if not gone - saved <= bad or answered | bad != {row["round_id"] for row in rounds} or answered & bad:
             self.faults.append(f"{job.output}: rows of a missing image are not accounted for")
 
 
@@ -257,10 +258,10 @@ def _others(job: Job, example: Example) -> list[str]:
     if job.rule == "finetune":
         return ["torn_checkpoint"]
     harms = ["full_disk"] if os.path.ismount(example.results) and job.rule not in ("resolved_config", "demo") else []
-    if job.rule in RESUMING:
-        harms += ["torn_piece", "second_writer"]
     if job.rule == "answer":
         harms += ["missing_image"]
+    if job.rule in RESUMING:
+        harms += ["torn_piece", "second_writer"]
     if job.rule in ("score", "retrieve", "pair", "merge", "catalog"):
         harms += ["second_writer"]
     return harms
