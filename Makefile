@@ -26,7 +26,10 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-.PHONY: slurm-test slurm-faults
+.PHONY: faults slurm-test slurm-faults
+faults: .venv/installed ## a hundred kills and other harms: the table of docs/cluster.md
+	$(BIN)/python tests/faults/campaign.py --kills 100 --seed 1
+
 slurm-test: .venv/installed ## the embedded example on a Slurm cluster of four nodes on this machine (root, Debian or Ubuntu)
 	$(BIN)/python tests/slurm/example.py
 

@@ -47,5 +47,9 @@ onstart:
     check_leftovers()
 
 
+onsuccess:
+    sweep()
+
+
 onerror:
     summary.show(log)

@@ -21,6 +21,14 @@ def check_leftovers():
         raise WorkflowError(left)
 
 
+def sweep():
+    """After a run: saved rows of finished parts, and what killed writers left, are no longer needed."""
+    from surf import store  # only here: it loads pyarrow
+
+    if count := store.sweep(Path(RESULTS)):
+        print(f"{count} files of killed jobs were removed from {RESULTS}", file=sys.stderr)
+
+
 def training_resources():
     """Resources of `finetune`, on each node. Over several nodes the command brings its own srun: `mpi`."""
     count, nodes = cfg.finetune.processes, cfg.finetune.nodes

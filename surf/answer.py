@@ -136,7 +136,6 @@ def main() -> None:
     meta = {"stage": "answer", "version": version, "flags": flags}
     store.write_table(args.out, result, "answers", meta)
     clock.note(args.out, rounds.num_rows)
-    partial.clear()
 
 
 if __name__ == "__main__":

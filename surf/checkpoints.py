@@ -3,23 +3,76 @@
 `model/_checkpoints/run.json` holds the fingerprint of the run, and, once it is finished, what stands in `model.json`.
 """
 
+import fcntl
 import json
 import logging
 import os
+import shlex
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from surf import store
+from surf.errors import SurfError
 
 log = logging.getLogger("surf")
 
-WHOLE = "_whole"  # marks a checkpoint that every process has finished writing
+WHOLE = "_whole"  # written last into a checkpoint: the sizes of its files, by name
 
 
 def rank() -> int:
     """Number of this process among those that train together; process 0 writes and speaks."""
     return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Only one training writes a model folder; a second one would tear its checkpoints.
+
+    Raises:
+        SurfError: another one is at work, a job left over from a killed run for example.
+    """
+    if rank():
+        yield
+        return
+    path = out / "_checkpoints" / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read() or "another process"
+            what, expected = f"{who} is training this model", "one training at a time"
+            raise SurfError(
+                what, where=str(out), expected=expected, next="end it, or wait for its end; then run again"
+            ) from None
+        except OSError as error:  # a file system without locks
+            log.warning("%s cannot be locked (%s): see to it that no second job trains this model", out, error.strerror)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def mark(checkpoint: Path) -> None:
+    """Say that a checkpoint is whole; every process has written its files."""
+    store.write_json(checkpoint / WHOLE, _sizes(checkpoint))
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != WHOLE]
+    return {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(json.loads((checkpoint / WHOLE).read_bytes()) == _sizes(checkpoint))
+    except (OSError, ValueError):
+        return False
 
 
 def restore(out: Path, run: dict[str, Any]) -> bool:
@@ -34,11 +87,20 @@ def restore(out: Path, run: dict[str, Any]) -> bool:
 
 
 def last(checkpoints: Path, run: dict[str, Any]) -> str | None:
-    """The last whole checkpoint of this run. All others are deleted: of other runs, and those that a kill left torn."""
-    same = _read_run(checkpoints).get("fingerprint") == run["fingerprint"]
+    """The last whole checkpoint of this run. All others are deleted: of other runs, and those that a kill left torn.
+
+    Checkpoints of another number of processes are of another run: DeepSpeed cannot read them (its parts of weights and
+    optimizer state have other sizes), and the batch of a step is another one.
+    """
+    before = _read_run(checkpoints)
+    same = before.get("fingerprint") == run["fingerprint"]
     found = [path for path in checkpoints.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
-    whole = [path for path in found if same and (path / WHOLE).exists()]
+    whole = [path for path in found if same and _is_whole(path)]
+    if found and not same:
+        old, new = (set(shlex.split(str(one.get("flags", "")))) for one in (before, run))
+        why = f"{' '.join(sorted(old - new))}, now {' '.join(sorted(new - old))}" if old != new else "other data or weights"
+        log.warning("training begins anew: %d checkpoints here are of another run (%s) and are deleted", len(found), why)
     for path in found:
         if path not in whole:
             shutil.rmtree(path, ignore_errors=True)
@@ -71,7 +133,10 @@ def publish(trainer: Any, out: Path, run: dict[str, Any]) -> None:
         for old in [out / "model.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
             old.unlink(missing_ok=True)
         for new in fresh.iterdir():
-            if new.is_dir():
+            if new.is_file():
+                with open(new, "rb") as file:
+                    os.fsync(file.fileno())
+            else:
                 shutil.rmtree(out / new.name, ignore_errors=True)
             os.replace(new, out / new.name)
         fresh.rmdir()

@@ -1,13 +1,18 @@
 """Command lines of the stages: flags named like the keys of config.yaml, and paths."""
 
 import argparse
+import errno
 import json
 import logging
+import os
 import shlex
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
@@ -16,6 +21,9 @@ from surf.errors import SurfError
 
 log = logging.getLogger("surf")
 T = TypeVar("T")
+BEGINS = "begins on"  # stands in the first line of every attempt; logs are appended to
+SLICE_SECONDS = 120.0  # work between two saves, at most
+FIRST_SLICE = 32  # items; how fast a stage is, nobody knows before
 
 
 def parse(
@@ -79,30 +87,85 @@ def _render(sections: dict[str, Section], role: str | None) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a stage: progress to stderr, a user's mistake as one paragraph and exit code 2."""
+    """Run a stage: progress to stderr, a user's mistake as one paragraph and exit code 2.
+
+    SIGTERM and Ctrl-C end it at once, SIGUSR1 as soon as the rows at work are saved; the exit code is 128 + the signal's
+    number. What is saved stays, and what is not is made again: the same that SIGKILL or a power cut would do.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+            signal.signal(number, _asked_to_end)
+    if os.environ.get("RANK", "0") == "0":  # one voice of those that train together
+        log.info("%s %s %s, process %d", Path(sys.argv[0]).stem, BEGINS, socket.gethostname(), os.getpid())
     try:
         main()
     except SurfError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error), 2)
+    except Stopped as stopped:
+        name = signal.Signals(int(stopped.code or 0) - 128).name
+        _fail(f"stopped by {name}; what was saved is kept; next: the same command goes on from there", stopped.code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}the disk is full ({error}); next: free some space, then the same command goes on from what is saved", 1)
+
+
+class Stopped(SystemExit):
+    """A signal asked this stage to end."""
+
+
+_asked: list[int] = []  # signals that came
+_slicing = False  # inside `chunks`: rows are at work that will be saved soon
+
+
+def _asked_to_end(number: int, _frame: object) -> None:
+    _asked.append(number)
+    if number != signal.SIGUSR1 or not _slicing:
+        raise Stopped(128 + number)
+
+
+def _fail(message: str, code: Any) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:
-    """`items` in slices of `size`, with a progress bar that shows rate and ETA.
+    """`items` in slices of at most `size`, each to be saved at its end, with a progress bar that shows rate and ETA.
 
-    A slice counts when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
+    The first slice is short; lengths double up to `size`, and halve after a slice that took longer than `SLICE_SECONDS`:
+    however slow the model, a kill loses minutes. A stage that is fast enough cuts its rows alike in every run. A slice counts
+    when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
+
+    Raises:
+        Stopped: SIGUSR1 came; the slices so far are saved.
     """
     from tqdm import tqdm
 
+    global _slicing
+    length, start = min(size, FIRST_SLICE), 0
     interval = 0.5 if sys.stderr.isatty() else 10.0
     with tqdm(total=len(items), desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True) as bar:
-        for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            yield chunk
-            bar.update(len(chunk))
+        _slicing = True
+        try:
+            while start < len(items):
+                if _asked:
+                    raise Stopped(128 + _asked[0])
+                begun = time.monotonic()
+                chunk = items[start : start + length]
+                yield chunk
+                bar.update(len(chunk))
+                start += len(chunk)
+                spent = time.monotonic() - begun
+                if spent > SLICE_SECONDS:
+                    length = max(1, length // 2)
+                elif 2 * spent <= SLICE_SECONDS:
+                    length = min(size, 2 * length)
+        finally:
+            _slicing = False
 
 
 def _section(name: str, given: dict[str, str | None]) -> Any:

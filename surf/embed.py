@@ -77,7 +77,6 @@ def main() -> None:
     meta = {"stage": "embed", "version": args.embed.version, "flags": flags}
     store.write_table(args.out, result, "embeddings", meta)
     clock.note(args.out, table.num_rows)
-    partial.clear()
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def main() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: any free port
     log.setLevel(logging.ERROR if checkpoints.rank() else logging.INFO)  # one voice
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-    train(args.pairs, args.out, seed=args.seed, finetune=args.finetune, lvlm=args.lvlm, images=args.images)
-    _leave()
+    with checkpoints.alone(args.out):
+        train(args.pairs, args.out, seed=args.seed, finetune=args.finetune, lvlm=args.lvlm, images=args.images)
+        _leave()
 
 
 def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, images: Images) -> None:
@@ -73,7 +74,7 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
         "pairs": store.digest(table),
     }
     text = json.dumps([facts, checkpoints.weights_of(lvlm.model)], sort_keys=True)
-    run = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "result": None}
+    run = {"fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16], "flags": facts["flags"], "result": None}
     if checkpoints.restore(out, run):
         return
     processor = load_processor(lvlm)
@@ -232,7 +233,7 @@ def _trainer(model: Any, arguments: Any, samples: list[Sample], collator: Any, p
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _any_process(False, args.device)  # every process has written its part
             if not checkpoints.rank():
-                (Path(args.output_dir) / f"checkpoint-{state.global_step}" / checkpoints.WHOLE).touch()
+                checkpoints.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     trainer: Any = Trainer(
         model=model,

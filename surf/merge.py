@@ -50,6 +50,8 @@ def merge(dataset: str, parts: Sequence[Path], out: Path) -> None:
         "parts": entries,
     }
     store.write_json(out, manifest)
+    for path in listed:
+        store.forget(path)
 
 
 def main() -> None:

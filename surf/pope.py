@@ -190,7 +190,6 @@ def _answer(words: Sequence[str]) -> None:
     meta = {"stage": "pope answer", "version": version, "method": args.method, "flags": flags, "suffix": args.pope.suffix}
     store.write_table(args.out, result, "pope/answers", meta)
     clock.note(args.out, len(rows))
-    partial.clear()
 
 
 def _references(args: argparse.Namespace, rows: Sequence[Row]) -> References:

@@ -226,7 +226,6 @@ def main() -> None:
     meta = {"stage": "reanswer", "version": version, "flags": flags}
     store.write_table(args.out, table, "reanswers", meta)
     clock.note(args.out, table.num_rows)
-    partial.clear()
 
 
 if __name__ == "__main__":

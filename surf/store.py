@@ -6,7 +6,9 @@ A file appears under its name only when it is whole: it is written beside it, sy
 
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -23,6 +25,7 @@ from surf.errors import SurfError
 from surf.schemas import KEYS, SCHEMAS, with_dim
 
 MANIFEST = "_manifest.json"
+log = logging.getLogger("surf")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -32,7 +35,8 @@ MANIFEST = "_manifest.json"
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, unique to this process, that takes the place of `path` at the end.
 
-    Two writers of one file cannot tear it: the later rename wins, whole. On an error nothing remains.
+    Two writers of one file cannot tear it: the later rename wins, whole. On an error nothing remains; what writers of `path`
+    left that were killed on this machine is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
@@ -43,6 +47,43 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    for stray in path.parent.glob(f".{path.name}.*.tmp"):
+        if _writer_is_gone(stray):
+            stray.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> int:
+    """Remove what is not needed below `folder` when no job is at work; the number of files that killed writers left.
+
+    These are temporary files, but for those of processes that are alive on this machine. Saved rows of finished parts go too.
+    """
+    strays = [path for path in folder.rglob(".*.tmp") if _writer_is_gone(path, elsewhere=True)]
+    for path in strays:
+        path.unlink(missing_ok=True)
+    for path in list(folder.rglob("_partial/*")):
+        part = path.parent.parent / f"{path.name}.parquet"
+        if part.exists():
+            forget(part)
+    return len(strays)
+
+
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
+
+
+def _writer_is_gone(temporary: Path, *, elsewhere: bool = False) -> bool:
+    """Whether the process in a temporary file's name is dead; `elsewhere` is the answer for processes of other machines."""
+    match = _TEMPORARY.fullmatch(temporary.name)
+    if not match:
+        return False
+    if f".{socket.gethostname()}.{match[1]}." not in temporary.name:
+        return elsewhere
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # alive, another user's
+        return False
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,7 +216,10 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
     Raises:
         SurfError: no manifest, another dataset, or a part that is missing or differs.
     """
-    content = read_json(manifest, expected="a manifest written by `merge`", next=f"snakemake {manifest}")
+    again = f"rm {manifest} && snakemake {manifest}" if manifest.exists() else f"snakemake {manifest}"
+    content = read_json(manifest, expected="a manifest written by `merge`", next=again)
+    if not isinstance(content, dict) or not content.keys() >= {"dataset", "parts"}:
+        raise SurfError("is no manifest", where=str(manifest), expected="a manifest written by `merge`", next=again)
     if dataset is not None and content["dataset"] != dataset:
         raise SurfError(f"lists dataset {content['dataset']!r}", where=str(manifest), expected=f"dataset {dataset!r}")
     paths = []
@@ -242,8 +286,7 @@ class Partial:
     def __init__(self, out: Path, dataset: str, **depends_on: Any) -> None:
         text = json.dumps(depends_on, sort_keys=True, default=str)
         self.dataset = dataset
-        self.root = out.parent / "_partial" / out.stem
-        self.folder = self.root / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.folder = out.parent / "_partial" / out.stem / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def read(self) -> pa.Table:
         """All saved rows, each key once. A torn file (a disk that lied) is left out: its rows are made anew."""
@@ -259,15 +302,28 @@ class Partial:
         number = pa.array(range(table.num_rows), pa.int64())
         keys = KEYS[self.dataset]
         first = table.select(keys).append_column("#", number).group_by(keys).aggregate([("#", "min")])
+        log.info("%d rows were saved by an earlier run, and are not made again", first.num_rows)
         return table.take(first.column("#_min").sort())
 
     def save(self, table: pa.Table) -> None:
         """Add finished rows."""
-        if table.num_rows:
-            write_table(self.folder / f"{uuid.uuid4().hex}.parquet", table, self.dataset)
+        if not table.num_rows:
+            return
+        for attempt in range(10):
+            try:
+                return write_table(self.folder / f"{uuid.uuid4().hex}.parquet", table, self.dataset)
+            except FileNotFoundError:  # the part is finished by a second writer, and was forgotten this very moment
+                if attempt == 9:
+                    raise
 
-    def clear(self) -> None:
-        """Forget everything, once the part itself is written."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        with suppress(OSError):  # other parts still have unfinished rows
-            self.root.parent.rmdir()
+
+def forget(part: Path) -> None:
+    """Forget the saved rows of a finished part.
+
+    Not when its job ends but later, when its dataset is whole: Snakemake makes a part again if Snakemake was killed while the
+    job was at work, however the job ended, and then finds the rows here.
+    """
+    root = part.parent / "_partial"
+    shutil.rmtree(root / part.stem, ignore_errors=True)
+    with suppress(OSError):  # other parts still have unfinished rows
+        root.rmdir()

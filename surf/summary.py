@@ -7,10 +7,13 @@ Snakemake's own log tells all; without an argument the newest one is read. The w
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from surf.cli import BEGINS
 
 # What SLURM says of a job's end, in the user's words.
 STATES = {
@@ -35,6 +38,7 @@ ERROR = re.compile(
     r"^error: (.*)|^(?!CalledProcessError|RuleException|WorkflowError)([A-Za-z_][\w.]*(?:Error|Exception|Interrupt)\b.*)", re.M
 )
 TAIL = 20_000  # characters at the end of a log that are looked through
+FULL = 1_000_000  # free bytes of a disk that is full
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def failures(text: str, folder: Path = Path()) -> list[Failure]:
 
 def why(message: str, logs: list[Path]) -> str:
     """Why a job failed: from what SLURM says, else from the ends of its logs."""
-    tails = [path.read_text(errors="replace")[-TAIL:] for path in logs if path.is_file()]
+    tails = [_last_attempt(path.read_text(errors="replace")[-TAIL:]) for path in logs if path.is_file()]
     for pattern, reason in CLUES:
         if any(pattern.search(tail) for tail in tails):
             return reason
@@ -88,9 +92,17 @@ def why(message: str, logs: list[Path]) -> str:
             return str(found[-1][0] or found[-1][1])
     if "sbatch failed" in message:
         return message
+    for folder in {path.parent for path in logs if path.parent.is_dir()}:
+        if shutil.disk_usage(folder).free < FULL:
+            return f"the disk of {folder} is full"
     if any(tail.strip() for tail in tails):
         return f"its log ends with: {next(tail for tail in tails if tail.strip()).strip().splitlines()[-1]}"
     return "its log says nothing: it was killed, or never started"
+
+
+def _last_attempt(log: str) -> str:
+    """What follows the last line that tells of a stage's begin."""
+    return re.split(rf"^.* {BEGINS} .*\n", log, flags=re.M)[-1]
 
 
 def render(failed: list[Failure], command: list[str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from surf import cli
 from surf.demo import questions as q
 from surf.demo.draw import KINDS, Scene, render
 
@@ -208,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

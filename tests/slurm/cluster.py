@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge"]
@@ -35,10 +36,8 @@ SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/%n/slurmd.pid
 SlurmctldLogFile={state}/slurmctld.log
 SlurmdLogFile={state}/%n/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+{tracking}
 JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherParams=OverMemoryKill
 JobAcctGatherFrequency=task=1
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -62,6 +61,18 @@ GresTypes=gpu
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10
 """
 
+# Where cgroups (version 1) can be written the kernel enforces memory limits, as on a real cluster; else Slurm polls and kills.
+CGROUPS = "ProctrackType=proctrack/cgroup\nTaskPlugin=task/cgroup\nJobAcctGatherParams=NoOverMemoryKill"
+POLLING = "ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherParams=OverMemoryKill"
+CGROUP_CONF = """\
+CgroupMountpoint={state}/cgroup
+ConstrainRAMSpace=yes
+ConstrainSwapSpace=no
+ConstrainCores=no
+ConstrainDevices=no
+"""
+HIERARCHIES = ("memory", "freezer")  # those that this needs
+
 # What runs as the first process of a node. At its standard place the configuration is also found by the srun inside a job,
 # whose environment snakemake's plugin cleans of SLURM_CONF.
 NODE = """\
@@ -70,6 +81,9 @@ hostname "$1"
 mount --bind "$2/hosts" /etc/hosts
 mkdir -p /etc/slurm && mount --bind "$2/etc" /etc/slurm
 mount --bind "$2/$1/tmp" /tmp
+for hierarchy in "$2"/cgroup/*; do
+    [ -d "$hierarchy" ] && mount --bind "/sys/fs/cgroup/${hierarchy##*/}/${2##*/}" "$hierarchy"
+done
 slurmd -D -N "$1" &
 echo $! > "$2/$1/slurmd.inner"
 while :; do wait || true; sleep 0.5; done
@@ -137,6 +151,9 @@ class Cluster:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.gpus, self.cpus, self.memory = gpus, cpus, memory
         self.port = 16000 + (os.getpid() + 101 * next(COUNTER)) % 1000 * 16  # slurmctld; the nodes' follow it
+        self.cgroups = [Path("/sys/fs/cgroup", name, self.state.name) for name in HIERARCHIES]  # Slurm's lie below
+        if not all((path.parent / "tasks").exists() and os.access(path.parent, os.W_OK) for path in self.cgroups):
+            self.cgroups = []
         self.running: dict[str, subprocess.Popen] = {}
         self.environment = {**os.environ, "SLURM_CONF": str(self.state / "etc/slurm.conf"), "HF_HUB_OFFLINE": "1"}
 
@@ -162,6 +179,10 @@ class Cluster:
         for name in [*self.nodes, "slurmctld", "munged"]:
             if name in self.running:
                 self.stop(name)
+        for path in self.cgroups:
+            for folder in sorted([path, *path.rglob("*/")], reverse=True):  # innermost first
+                with suppress(OSError):
+                    folder.rmdir()
         shutil.rmtree(self.state, ignore_errors=True)
 
     def start_controller(self) -> None:
@@ -235,7 +256,12 @@ class Cluster:
                 f" RealMemory={self.memory} Gres=gpu:fake:{self.gpus}"
             )
             devices.append(f"NodeName={node} Name=gpu Type=fake File={self.state}/gpu[0-{self.gpus - 1}]")
-        text = SLURM_CONF.format(host=host, port=self.port, state=self.state, nodes="\n".join(lines))
+        for path in self.cgroups:
+            path.mkdir()
+            (self.state / "cgroup" / path.parent.name).mkdir(parents=True)
+        (self.state / "etc/cgroup.conf").write_text(CGROUP_CONF.format(state=self.state))
+        tracking = CGROUPS if self.cgroups else POLLING
+        text = SLURM_CONF.format(host=host, port=self.port, state=self.state, nodes="\n".join(lines), tracking=tracking)
         (self.state / "etc/slurm.conf").write_text(text)
         (self.state / "etc/gres.conf").write_text("\n".join(devices) + "\n")
         (self.state / "hosts").write_text(f"127.0.0.1 localhost {host} {' '.join(self.nodes)}\n")

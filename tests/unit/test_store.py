@@ -135,7 +135,7 @@ def test_unfinished_work_is_found_again_and_only_under_equal_settings(tmp_path):
     partial.save(answers("b", "c"))  # a second writer did b as well
     assert sorted(store.Partial(out, "answers", flags="--a 1").read()["round_id"].to_pylist()) == ["a", "b", "c"]
     assert store.Partial(out, "answers", flags="--a 2").read().num_rows == 0
-    partial.clear()
+    store.forget(out)
     assert list(tmp_path.iterdir()) == []
 
 
