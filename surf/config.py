@@ -183,6 +183,9 @@ class Pair(Section):
     order: Literal["shuffled", "positive_first"] = Field(
         default="shuffled", description="positive_first is the original's fixed order: it teaches to trust number one."
     )
+    negatives: Literal["hard", "random"] = Field(
+        default="hard", description="random: a corpus image drawn by the seed takes the place of the hard negative."
+    )
     mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
 
 
