@@ -2,11 +2,13 @@
 
 import os
 import platform
-import resource
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # plain.py: the loops that tests compare with are baselines here
 
 
 def machine() -> str:
@@ -27,8 +29,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def peak_mb() -> float:
-    """Largest resident memory of this process so far (MiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Largest resident memory of this process so far (MiB). Linux; getrusage's would count the parent's too."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def python(*words: str) -> str:
+    """Standard output of a new interpreter that runs in the repository root."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+    return done.stdout
 
 
 def _text(cell: object) -> str:

@@ -9,8 +9,6 @@ jobs on the machine disturb less. The models are those of the config.
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +86,12 @@ def children() -> float:
 
 
 def help_of(stage: str) -> None:
-    python("-m", f"surf.{stage}", "--help")
+    common.python("-m", f"surf.{stage}", "--help")
 
 
 def timed(config_file: str, imports: str, load: str) -> list[float]:
     """Seconds for surf's own modules, the libraries, the model; processor seconds of it all. In a new process."""
-    return json.loads(python("-c", TIMED.format(config=config_file, imports=imports, load=load)))
+    return json.loads(common.python("-c", TIMED.format(config=config_file, imports=imports, load=load)))
 
 
 def snakemake(config_file: str, repeats: int) -> list[tuple[str, float, float]]:
@@ -106,17 +104,9 @@ def snakemake(config_file: str, repeats: int) -> list[tuple[str, float, float]]:
         empty = Path(folder) / "results"
         words = ["-m", "snakemake", "-n", "--quiet", "all", "--configfile", config_file, "--config", f"results={empty}"]
         return [
-            ("`--version` (imports)", *fastest(repeats, lambda: python("-m", "snakemake", "--version"))),
-            ("`-n` of the whole workflow", *fastest(repeats, lambda: python(*words))),
+            ("`--version` (imports)", *fastest(repeats, lambda: common.python("-m", "snakemake", "--version"))),
+            ("`-n` of the whole workflow", *fastest(repeats, lambda: common.python(*words))),
         ]
-
-
-def python(*words: str) -> str:
-    """Standard output of a new interpreter that runs in the repository root."""
-    done = subprocess.run([sys.executable, *words], cwd=common.ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
-    return done.stdout
 
 
 if __name__ == "__main__":
