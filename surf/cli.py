@@ -93,16 +93,21 @@ def run(main: Callable[[], None]) -> None:
 def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:
     """`items` in slices of `size`, with a progress bar that shows rate and ETA.
 
-    A slice counts when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
+    A slice counts when the next one is asked for.
     """
-    from tqdm import tqdm
-
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=len(items), desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True) as bar:
+    with progress(len(items), desc=desc, unit=unit) as bar:
         for start in range(0, len(items), size):
             chunk = items[start : start + size]
             yield chunk
             bar.update(len(chunk))
+
+
+def progress(total: int, *, desc: str, unit: str) -> Any:
+    """A progress bar (tqdm): twice a second on a terminal, every ten seconds in a log."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True)
 
 
 def _section(name: str, given: dict[str, str | None]) -> Any:

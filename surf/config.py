@@ -74,7 +74,16 @@ class Embed(Section):
     pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
     batch_size: Positive = Field(json_schema_extra=KNOB, default=256, description="Images a forward pass.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
+    decode: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="exact: Pillow, pixel for pixel as open_clip. fast: the GPU's JPEG decoder, or Pillow at a reduced size.",
+    )
     workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        json_schema_extra=KNOB,
+        default="off",
+        description="Mode of torch.compile. It costs minutes in a job; worth it for parts of a million images.",
+    )
 
 
 class BuildIndex(Section):
