@@ -107,25 +107,31 @@ class Clip:
         return wait
 
     def _to_gpu(self, batch: pipeline.Batch) -> Any:
-        """Pixels on the GPU, by a stream of its own beside the model's. Pillow decodes what the GPU could not."""
+        """Pixels on the GPU, copied and decoded by a stream of its own beside the model's."""
         import torch
 
         main = torch.cuda.current_stream()
         with self.meter("transfer"), torch.cuda.stream(self.side):
-            places = list(batch.encoded)
-            found = jpeg.decode([batch.encoded[place] for place in places], self.decoder.size, self.device)
-            for place, pixels in zip(places, found, strict=True):
-                if pixels is None:
-                    try:
-                        batch.pixels[place] = torch.from_numpy(self.decoder.pixels(batch.encoded[place]))
-                    except ImageError as error:
-                        batch.errors[place] = error
-            whole = batch.pixels.to(self.device, non_blocking=True)
-            for place, pixels in zip(places, found, strict=True):
-                if pixels is not None:
-                    whole[place] = pixels
+            pixels = self.decode(batch)
         main.wait_stream(self.side)
-        whole.record_stream(main)
+        pixels.record_stream(main)
+        return pixels
+
+    def decode(self, batch: pipeline.Batch) -> Any:
+        """The batch's pixels on the model's device. Files left to the GPU are decoded; what it cannot read, Pillow may."""
+        import torch
+
+        found = jpeg.decode(list(batch.encoded.values()), self.decoder.size, self.device)
+        for (place, data), pixels in zip(batch.encoded.items(), found, strict=True):
+            if pixels is None:
+                try:
+                    batch.pixels[place] = torch.from_numpy(self.decoder.pixels(data))
+                except ImageError as error:
+                    batch.errors[place] = error
+        whole = batch.pixels.to(self.device, non_blocking=True)
+        for place, pixels in zip(batch.encoded, found, strict=True):
+            if pixels is not None:
+                whole[place] = pixels
         return whole
 
 
