@@ -89,7 +89,12 @@ class Embed(Section):
 class BuildIndex(Section):
     """The FAISS index over the embeddings (inner product of unit vectors = cosine)."""
 
-    factory: Name = Field(default="Flat", description="FAISS factory string. Flat is exact.")
+    factory: Name = Field(
+        default="auto",
+        description="FAISS factory string; Flat is exact. auto: Flat up to 16 GiB of float32 vectors (5.6 million of 768), "
+        "then IVF with 8-bit codes, beyond 128 GiB of these IVF-PQ.",
+    )
+    probes: Positive = Field(default=64, description="Inverted lists searched for a query; only IVF has any.")
 
 
 class Split(Section):
