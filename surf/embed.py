@@ -25,19 +25,22 @@ def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[
     Returns:
         (table with image_id and embedding: fixed_size_list<float16>[dim], null where unreadable; {image: error})
     """
-    done = partial.read()
-    tables = [done] if done.num_rows else []
-    todo = catalog.filter(pc.invert(pc.is_in(catalog["image_id"], value_set=done["image_id"].combine_chunks())))
+    errors = fill(catalog, encoder, partial)
+    return collect(catalog, partial, encoder.dim), errors
+
+
+def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[str, str]:
+    """Embed the rows that `partial` lacks, and save them there; {image: error} of those that cannot be read."""
+    done = partial.read()["image_id"].combine_chunks()
+    todo = catalog.filter(pc.invert(pc.is_in(catalog["image_id"], value_set=done)))
     ids, names = todo["image_id"].to_numpy(), todo["image"].to_pylist()
     errors: dict[str, str] = {}
     fresh: list[pa.Table] = []
     saves: list[Future[None]] = []
 
     def save() -> None:
-        tables.extend(fresh)
-        table = pa.concat_tables(fresh).combine_chunks()
+        saves.append(writer.submit(_save, encoder, partial, pa.concat_tables(fresh).combine_chunks()))
         fresh.clear()
-        saves.append(writer.submit(_timed, encoder, partial, table))
 
     with ThreadPoolExecutor(1) as writer, cli.progress(len(names), desc="embed", unit="image") as bar:
         for numbers, vectors, bad in encoder.stream(names):
@@ -51,13 +54,20 @@ def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[
             save()
     for one in saves:
         one.result()
-    found = pa.concat_tables(tables) if tables else _table([], np.zeros((0, encoder.dim), np.float32))
+    return errors
+
+
+def collect(catalog: pa.Table, partial: store.Partial, dim: int) -> pa.Table:
+    """The part: what `partial` holds, in the order of the catalog."""
+    found = partial.read()
+    if not found.num_rows:
+        found = _table([], np.zeros((0, dim), np.float32))
     place = pc.index_in(catalog["image_id"], value_set=found["image_id"].combine_chunks())
     columns = [catalog["image_id"], found["embedding"].combine_chunks().take(place)]
-    return pa.table(columns, schema=with_dim(encoder.dim)), errors
+    return pa.table(columns, schema=with_dim(dim))
 
 
-def _timed(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
+def _save(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
     with encoder.meter("write"):
         partial.save(table)
 
