@@ -74,15 +74,10 @@ class Embed(Section):
     pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
     batch_size: Positive = Field(json_schema_extra=KNOB, default=256, description="Images a forward pass.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
-    decode: Literal["exact", "fast"] = Field(
-        default="exact",
-        description="exact: Pillow, pixel for pixel as open_clip. fast: the GPU's JPEG decoder, or Pillow at a reduced size.",
-    )
+    decode: Literal["exact", "fast"] = Field(default="exact", description="fast: JPEG by the GPU, or at a reduced size.")
     workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
-        json_schema_extra=KNOB,
-        default="off",
-        description="Mode of torch.compile. It costs minutes in a job; worth it for parts of a million images.",
+        json_schema_extra=KNOB, default="off", description="Mode of torch.compile; it takes a while, once a job."
     )
 
 
@@ -91,8 +86,7 @@ class BuildIndex(Section):
 
     factory: Name = Field(
         default="auto",
-        description="FAISS factory string; Flat is exact. auto: Flat up to 16 GiB of float32 vectors (5.6 million of 768), "
-        "then IVF with 8-bit codes, beyond 128 GiB of these IVF-PQ.",
+        description="FAISS factory string; Flat is exact. auto: Flat to 16 GiB, IVF,SQ8 to 128 GiB, then IVF,PQ.",
     )
     probes: Positive = Field(default=64, description="Inverted lists searched for a query; only IVF has any.")
 

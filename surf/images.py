@@ -151,9 +151,10 @@ class _Packed:
         self.place: dict[str, tuple[int, int]] = {}
         self.cache: OrderedDict[int, object] = OrderedDict()
         self.lock = threading.Lock()  # a ParquetFile is not safe to read from several threads
+        listed = iter(self.file.read(columns=["image"]).column("image").to_pylist())
         for group in range(self.file.num_row_groups):
-            column = self.file.read_row_group(group, columns=["image"]).column("image").to_pylist()
-            self.place.update((name, (group, row)) for row, name in enumerate(column))
+            rows = range(self.file.metadata.row_group(group).num_rows)
+            self.place.update((name, (group, row)) for row, name in zip(rows, listed, strict=False))
 
     def read(self, name: str) -> bytes | None:
         if name not in self.place:

@@ -19,7 +19,8 @@ BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
 def load(path: Path) -> Any:
     """The index in `path`, an object with ntotal, d and search(queries float32 [n, d], k) -> (similarity, ids).
 
-    Where there is a GPU, a Flat index is searched there by torch, and another one by FAISS if it was built for GPUs.
+    Where there is a GPU, a Flat index is searched there by torch, and another one that fits into memory by FAISS, if this FAISS
+    was built for GPUs.
     """
     import faiss
 
@@ -29,9 +30,11 @@ def load(path: Path) -> Any:
     flat = vectors_of(index)
     if flat is not None:
         return Exact(*flat, "cuda")
-    if hasattr(faiss, "index_cpu_to_all_gpus") and hasattr(faiss, "StandardGpuResources"):
-        return faiss.index_cpu_to_all_gpus(index)
-    return index
+    lists: Any = faiss.try_extract_index_ivf(index)
+    on_disk = lists is not None and isinstance(faiss.downcast_InvertedLists(lists.invlists), faiss.OnDiskInvertedLists)
+    if on_disk or not hasattr(faiss, "StandardGpuResources"):
+        return index
+    return faiss.index_cpu_to_all_gpus(index)
 
 
 def gpu() -> bool:

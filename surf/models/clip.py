@@ -95,7 +95,8 @@ class Clip:
             pixels = self._to_gpu(batch)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            torch.compiler.cudagraph_mark_step_begin()  # the last batch's vectors are copied already
+            if self.options.compile != "off":
+                torch.compiler.cudagraph_mark_step_begin()  # the last batch's vectors are on their way to the CPU
             result = self.features(pixels).to("cpu", non_blocking=True)
             end.record()
 
@@ -111,7 +112,7 @@ class Clip:
         import torch
 
         main = torch.cuda.current_stream()
-        with self.meter("transfer"), torch.cuda.stream(self.side):
+        with self.meter("GPU decode" if batch.encoded else "transfer"), torch.cuda.stream(self.side):
             pixels = self.decode(batch)
         main.wait_stream(self.side)
         pixels.record_stream(main)
@@ -129,9 +130,8 @@ class Clip:
                 except ImageError as error:
                     batch.errors[place] = error
         whole = batch.pixels.to(self.device, non_blocking=True)
-        for place, pixels in zip(batch.encoded, found, strict=True):
-            if pixels is not None:
-                whole[place] = pixels
+        if good := {place: pixels for place, pixels in zip(batch.encoded, found, strict=True) if pixels is not None}:
+            whole[torch.tensor(list(good), device=self.device)] = torch.stack(list(good.values()))
         return whole
 
 

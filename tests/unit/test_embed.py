@@ -85,7 +85,7 @@ def pack(path, names, pictures, group=3):
     return path
 
 
-def test_embeddings_are_open_clips_own_bit_for_bit(clip_folder, pictures, tmp_path):
+def test_embeddings_are_open_clips_own_and_unit_length(clip_folder, pictures, tmp_path):
     import open_clip
     import torch
 
