@@ -14,6 +14,7 @@ rule pair:
         answers=manifest("answers"),
         reanswers=manifest("reanswers"),
         catalog=manifest("catalog"),
+        unreadable=parts("quarantine/embeddings", CORPUS) if cfg.pair.negatives == "random" else [],
     output:
         pairs=report(f"{RESULTS}/pairs.parquet", caption="report/pairs.rst", category="Training data"),
         json=f"{RESULTS}/pairs.json",
@@ -26,7 +27,7 @@ rule pair:
     shell:
         "python -m surf.pair --rounds {input.rounds} --scores-answers {input.scores_answers}"
         " --scores-reanswers {input.scores_reanswers} --neighbors {input.neighbors} --catalog {input.catalog}"
-        " --out {output.pairs} --json {output.json} --seed {params.seed} {params.flags} >> {log} 2>&1"
+        " --unreadable {input.unreadable} --out {output.pairs} --json {output.json} --seed {params.seed} {params.flags} >> {log} 2>&1"
 
 
 # Only model.json is declared: weights and checkpoints survive a retry, and the run goes on from the last checkpoint.

@@ -143,12 +143,9 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
     Raises:
         Stopped: SIGUSR1 came; the slices so far are saved.
     """
-    from tqdm import tqdm
-
     global _slicing
     length, start = min(size, FIRST_SLICE), 0
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(total=len(items), desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True) as bar:
+    with progress(len(items), desc=desc, unit=unit) as bar:
         _slicing = True
         try:
             while start < len(items):
@@ -166,6 +163,14 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
                     length = min(size, 2 * length)
         finally:
             _slicing = False
+
+
+def progress(total: int, *, desc: str, unit: str) -> Any:
+    """A progress bar (tqdm): twice a second on a terminal, every ten seconds in a log."""
+    from tqdm import tqdm
+
+    interval = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True)
 
 
 def _section(name: str, given: dict[str, str | None]) -> Any:

@@ -74,13 +74,21 @@ class Embed(Section):
     pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
     batch_size: Positive = Field(json_schema_extra=KNOB, default=512, description="Images a forward pass.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
+    decode: Literal["exact", "fast"] = Field(default="exact", description="fast: JPEG by the GPU, or at a reduced size.")
     workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
+        json_schema_extra=KNOB, default="off", description="Mode of torch.compile; it takes a while, once a job."
+    )
 
 
 class BuildIndex(Section):
     """The FAISS index over the embeddings (inner product of unit vectors = cosine)."""
 
-    factory: Name = Field(default="Flat", description="FAISS factory string. Flat is exact.")
+    factory: Name = Field(
+        default="auto",
+        description="FAISS factory string; Flat is exact. auto: Flat to 16 GiB, IVF,SQ8 to 128 GiB, then IVF,PQ.",
+    )
+    probes: Positive = Field(default=64, description="Inverted lists searched for a query; only IVF has any.")
 
 
 class Split(Section):
@@ -189,6 +197,9 @@ class Pair(Section):
     samples: Positive = Field(default=2000, description="Training samples, at most (the original's default).")
     order: Literal["shuffled", "positive_first"] = Field(
         default="shuffled", description="positive_first is the original's fixed order: it teaches to trust number one."
+    )
+    negatives: Literal["hard", "random"] = Field(
+        default="hard", description="random: a corpus image drawn by the seed takes the place of the hard negative."
     )
     mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
 

@@ -4,9 +4,11 @@ python -m surf.embed --catalog results/catalog/part-….parquet --out results/em
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from surf import cli, quarantine, store
 from surf.images import Images
@@ -23,27 +25,54 @@ def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[
     Returns:
         (table with image_id and embedding: fixed_size_list<float16>[dim], null where unreadable; {image: error})
     """
-    names = dict(zip(catalog["image_id"].to_pylist(), catalog["image"].to_pylist(), strict=True))
-    done = partial.read()
-    finished = set(done["image_id"].to_pylist())
-    tables = [done] if done.num_rows else []
-    todo = [image_id for image_id in names if image_id not in finished]
+    errors = fill(catalog, encoder, partial)
+    return collect(catalog, partial, encoder.dim), errors
+
+
+def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[str, str]:
+    """Embed the rows that `partial` lacks, and save them there; {image: error} of those that cannot be read."""
+    done = partial.read()["image_id"].combine_chunks()
+    todo = catalog.filter(pc.invert(pc.is_in(catalog["image_id"], value_set=done)))
+    ids, names = todo["image_id"].to_numpy(), todo["image"].to_pylist()
     errors: dict[str, str] = {}
-    for ids in cli.chunks(todo, FLUSH, desc="embed", unit="image"):
-        vectors, bad = encoder.encode([names[image_id] for image_id in ids])
-        errors.update(bad)
-        readable = [image_id for image_id in ids if names[image_id] not in bad]
-        rows = [number for number, image_id in enumerate(ids) if names[image_id] not in bad]
-        tables.append(_table(readable, vectors[rows]))
-        partial.save(tables[-1])
-    found = pa.concat_tables(tables) if tables else _table([], np.zeros((0, encoder.dim), np.float32))
-    place = {image_id: row for row, image_id in enumerate(found["image_id"].to_pylist())}
-    rows = pa.array([place.get(image_id) for image_id in names], pa.int64())
-    columns = [catalog["image_id"], found["embedding"].combine_chunks().take(rows)]
-    return pa.table(columns, schema=with_dim(encoder.dim)), errors
+    fresh: list[pa.Table] = []
+    saves: list[Future[None]] = []
+
+    def save() -> None:
+        saves.append(writer.submit(_save, encoder, partial, pa.concat_tables(fresh).combine_chunks()))
+        fresh.clear()
+
+    with ThreadPoolExecutor(1) as writer, cli.progress(len(names), desc="embed", unit="image") as bar:
+        for numbers, vectors, bad in encoder.stream(names):
+            good = [place for place, number in enumerate(numbers) if number not in bad]
+            fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
+            errors.update({names[number]: error for number, error in bad.items()})
+            if sum(table.num_rows for table in fresh) >= FLUSH:
+                save()
+            bar.update(len(numbers))
+        if fresh:
+            save()
+    for one in saves:
+        one.result()
+    return errors
 
 
-def _table(ids: Sequence[int], vectors: np.ndarray) -> pa.Table:
+def collect(catalog: pa.Table, partial: store.Partial, dim: int) -> pa.Table:
+    """The part: what `partial` holds, in the order of the catalog."""
+    found = partial.read()
+    if not found.num_rows:
+        found = _table([], np.zeros((0, dim), np.float32))
+    place = pc.index_in(catalog["image_id"], value_set=found["image_id"].combine_chunks())
+    columns = [catalog["image_id"], found["embedding"].combine_chunks().take(place)]
+    return pa.table(columns, schema=with_dim(dim))
+
+
+def _save(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
+    with encoder.meter("write"):
+        partial.save(table)
+
+
+def _table(ids: Sequence[int] | np.ndarray, vectors: np.ndarray) -> pa.Table:
     """vectors: float32 [len(ids), dim]."""
     if not np.isfinite(vectors).all():
         raise FloatingPointError("the encoder gave NaN or infinity: check its weights, or use embed.precision fp32")
@@ -75,8 +104,9 @@ def main() -> None:
         max_bad_share=args.images.max_bad_share,
     )
     meta = {"stage": "embed", "version": args.embed.version, "flags": flags}
-    store.write_table(args.out, result, "embeddings", meta)
-    clock.note(args.out, table.num_rows)
+    with encoder.meter("write"):
+        store.write_table(args.out, result, "embeddings", meta)
+    clock.note(args.out, table.num_rows, encoder.meter)
 
 
 if __name__ == "__main__":

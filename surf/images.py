@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -65,19 +65,53 @@ class Images:
         """(row group, row) of each image name of a root that is a Parquet file; empty for a folder."""
         return next((one.place for one in self._sources if isinstance(one, _Packed) and one.path == Path(root)), {})
 
+    def order(self, names: Sequence[str]) -> list[int]:
+        """Numbers into `names` in the order in which they are read best: packed images as they lie in their files."""
+        places = [self._packed(name) or (-1, 0, 0) for name in names]
+        return sorted(range(len(names)), key=lambda number: places[number])
+
+    def reader(self, name: str) -> Callable[[], bytes]:
+        """`read` for one name, to be called later: by then a packed file has been read already, by this call."""
+        if self._packed(name) is None:
+            return partial(self.read, name)
+        try:
+            data = self.read(name)
+        except ImageError:
+            return partial(self.read, name)  # and fails again where the image is asked for
+        return lambda: data
+
+    def _packed(self, name: str) -> tuple[int, int, int] | None:
+        """(number of the root, row group, row) of a packed image, or None."""
+        for number, source in enumerate(self._sources):
+            if isinstance(source, _Packed) and name in source.place:
+                return number, *source.place[name]
+        return None
+
     def _open(self, name: str) -> "Image":
         """`open`: the decoded image, RGB, upright as its EXIF says. Raises ImageError: missing, too large, not decodable."""
+        return self.decode(self.read(name))
+
+    def decode(self, data: bytes, draft: tuple[int, int] | None = None) -> "Image":
+        """The image in a file's bytes, RGB, upright as its EXIF says.
+
+        Args:
+            draft: (height, width) that will do: a JPEG file may come at a half, a quarter or an eighth of its size.
+
+        Raises:
+            ImageError: too large, not decodable.
+        """
         from PIL import Image, ImageFile, ImageOps
 
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         Image.MAX_IMAGE_PIXELS = self.max_pixels
-        data = self.read(name)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(io.BytesIO(data))
                 if image.width * image.height > self.max_pixels:
                     raise ImageError(f"{image.width}x{image.height} pixels, more pixels than images.max_pixels")
+                if draft is not None:
+                    image.draft("RGB", draft[::-1])
                 image.load()
                 return ImageOps.exif_transpose(image).convert("RGB")
         except ImageError:
@@ -123,9 +157,10 @@ class _Packed:
         self.place: dict[str, tuple[int, int]] = {}
         self.cache: OrderedDict[int, object] = OrderedDict()
         self.lock = threading.Lock()  # a ParquetFile is not safe to read from several threads
+        listed = iter(self.file.read(columns=["image"]).column("image").to_pylist())
         for group in range(self.file.num_row_groups):
-            column = self.file.read_row_group(group, columns=["image"]).column("image").to_pylist()
-            self.place.update((name, (group, row)) for row, name in enumerate(column))
+            rows = range(self.file.metadata.row_group(group).num_rows)
+            self.place.update((name, (group, row)) for row, name in zip(rows, listed, strict=False))
 
     def read(self, name: str) -> bytes | None:
         if name not in self.place:

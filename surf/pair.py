@@ -1,53 +1,28 @@
 """Choose the training samples: the most similar positive and the most similar negative reference of a round.
 
-    python -m surf.pair --rounds M --scores-answers M --scores-reanswers M --neighbors M --reanswers M --catalog M \\
-        --out results/pairs.parquet --json results/pairs.json FLAGS        (M: the datasets' manifests)
+    python -m surf.pair --rounds M --scores-answers M --scores-reanswers M --neighbors M --catalog M \\
+        --unreadable Q… --out results/pairs.parquet --json results/pairs.json FLAGS
+        (M: the datasets' manifests; Q: quarantine of the embeddings)
 
-Goes through the shards one by one; which samples are kept depends on the seed and the rounds alone.
+Which samples are kept depends on the seed and the rounds alone, not on the shards.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-from surf import cli, config, prompts, score, store
+from surf import cli, config, labels, prompts, store
 from surf.errors import SurfError
+from surf.images import identity
 from surf.reanswer import lookup
 from surf.shards import stable_hash
 
 log = logging.getLogger("surf")
 Row = dict[str, Any]
 KINDS = ("pair", "positive_only", "negative_only", "no_reference")
-
-
-def label(
-    rounds: Sequence[Row], first: Sequence[Row], again: Sequence[Row], near: Sequence[Row], judge: config.Score
-) -> Iterator[Row]:
-    """Every re-answered round with its most similar positive and most similar negative reference, or None.
-
-    Args:
-        rounds, first, again, near: rows of one shard of `rounds`, `scores/answers`, `scores/reanswers` and `neighbors`.
-
-    Yields:
-        the round's row and "positive", "negative": {image_id, similarity, gain} or None; gain is over the first answer's score.
-    """
-    base = {row["round_id"]: row["score"] for row in first}
-    places = {(row["query_id"], row["rank"]): row for row in near}
-    judged: dict[str, list[Row]] = {}
-    for row in again:
-        judged.setdefault(row["round_id"], []).append(row)
-    for one in rounds:
-        best: dict[bool, Row] = {}
-        for row in sorted(judged.get(one["round_id"], ()), key=lambda row: row["rank"]):
-            before = base[one["round_id"]]
-            kind = score.label(row["metric"], row["score"], row["correct"], before, judge)
-            if kind is not None and kind not in best:
-                place = places[one["image"], row["rank"]]
-                gain = row["score"] - before
-                best[kind] = {"image_id": place["image_id"], "similarity": place["similarity"], "gain": gain}
-        if one["round_id"] in judged:
-            yield {**one, "positive": best.get(True), "negative": best.get(False)}
+DRAWS = 1000  # of a random negative, before the corpus is held to be too small
 
 
 def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row]:
@@ -56,7 +31,7 @@ def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row
     pair: rounds with both kinds. positive_only and negative_only: rounds with just that kind first, then rounds with both
     that no pair uses. no_reference: any labelled round that is left. Too few of a kind is logged, never filled up with another.
     """
-    ordered = sorted(labelled, key=lambda row: (stable_hash(seed, "pair", row["round_id"]), row["round_id"]))
+    ordered = sorted(labelled, key=lambda row: (order(row["round_id"], seed), row["round_id"]))
     mix = options.mix
     both = [row for row in ordered if row["positive"] and row["negative"]]
     rest = 1 - mix.positive_only - mix.negative_only - mix.no_reference
@@ -78,6 +53,39 @@ def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row
         used |= {row["round_id"] for row in pool}
         chosen += [_sample(row, kind, options, seed) for row in pool]
     return sorted(chosen, key=lambda row: (stable_hash(seed, "order", row["round_id"]), row["round_id"]))
+
+
+def order(round_id: str, seed: int) -> int:
+    """Rounds with low numbers become samples first."""
+    return stable_hash(seed, "pair", round_id)
+
+
+def random_negatives(chosen: Sequence[Row], corpus: Sequence[str], unreadable: Collection[str], seed: int) -> None:
+    """Put a random corpus image in the place of every negative reference of `chosen`.
+
+    It is another photograph than the round's own and the positive one. Its similarity and gain are unknown: null.
+
+    Args:
+        corpus: image names by image id.
+        unreadable: images that are never drawn.
+
+    Raises:
+        SurfError: the corpus is too small.
+    """
+    for row in chosen:
+        if row["negative"]:
+            taken = {identity(row["image"])} | ({identity(corpus[row["positive"]["image_id"]])} if row["positive"] else set())
+            draws = (stable_hash(seed, "negative", row["round_id"], draw) % len(corpus) for draw in range(DRAWS))
+            fitting = (i for i in draws if identity(corpus[i]) not in taken and corpus[i] not in unreadable)
+            image_id = next(fitting, None)
+            if image_id is None:
+                raise SurfError(
+                    f"no random negative for {row['image']!r} among {len(corpus)} corpus images",
+                    where="pair.negatives",
+                    expected="a corpus with other photographs",
+                    next="set pair.negatives to hard, or add captions to catalog.captions",
+                )
+            row["negative"] = {"image_id": image_id, "similarity": None, "gain": None}
 
 
 def original_json(row: Row) -> Row:
@@ -133,38 +141,37 @@ def _sample(row: Row, kind: str, options: config.Pair, seed: int) -> Row:
 
 def main() -> None:
     """Command line."""
-    datasets = {
-        "rounds": "rounds",
-        "scores_answers": "scores/answers",
-        "scores_reanswers": "scores/reanswers",
-        "neighbors": "neighbors",
-    }
+    datasets = [name.replace("/", "_") for name in labels.DATASETS]
     args = cli.parse(
         None,
         prog="pair",
         about=__doc__ or "",
         sections=["pair", "score"],
         paths=[*datasets, "catalog", "out", "json"],
-        extras={"seed": {"type": int, "default": 0}},
+        extras={
+            "seed": {"type": int, "default": 0},
+            "unreadable": {"type": Path, "nargs": "*", "default": [], "help": "what --pair.negatives random leaves out"},
+        },
     )
-    parts = [store.parts_of(getattr(args, name), dataset) for name, dataset in datasets.items()]
-    labelled: list[Row] = []
-    counts: Counter[str] = Counter()
-    for (shard,) in cli.chunks(list(zip(*parts, strict=True)), 1, desc="pair", unit="shard"):
-        tables = [store.rows(store.read_table(path, dataset)) for path, dataset in zip(shard, datasets.values(), strict=True)]
-        for row in label(tables[0], tables[1], tables[2], tables[3], args.score):
-            labelled.append(row)
-            counts[f"positive {bool(row['positive'])}, negative {bool(row['negative'])}"] += 1
+    parts = [store.parts_of(getattr(args, name), dataset) for name, dataset in zip(datasets, labels.DATASETS, strict=True)]
+    shards = cli.chunks(list(zip(*parts, strict=True)), 1, desc="pair", unit="shard")
+    labelled, counts = labels.gather(
+        (shard for (shard,) in shards), args.score, lambda round_id: order(round_id, args.seed), args.pair.samples
+    )
     for what, number in sorted(counts.items()):
         log.info("%d re-answered rounds with %s", number, what)
     chosen = choose(labelled, args.pair, args.seed)
     if not chosen:
         raise SurfError(
-            f"not one of {len(labelled)} re-answered rounds has both a positive and a negative reference",
+            f"not one of {sum(counts.values())} re-answered rounds has both a positive and a negative reference",
             where=str(args.rounds.parent.parent),
             expected="at least one pair",
             next="more rounds (split.limit), more references (reanswer.references), or shares in pair.mix",
         )
+    if args.pair.negatives == "random":
+        corpus = store.read_table(args.catalog, "catalog", ["image"])["image"].to_pylist()
+        unreadable = {row["key"] for path in args.unreadable for row in store.rows(store.read_table(path, "quarantine"))}
+        random_negatives(chosen, corpus, unreadable, args.seed)
     ids = {row[kind]["image_id"] for row in chosen for kind in ("positive", "negative") if row[kind]}
     found = lookup(args.catalog, ids)
     for row in chosen:

@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from surf import cli, config, quarantine, store
+from surf import cli, config, quarantine, search, store
 from surf.build_index import to_matrix
 from surf.images import Images, identity
+from surf.schemas import SCHEMAS
 from surf.telemetry import Clock
 
 log = logging.getLogger("surf")
+COLUMNS = ["query_id", "rank", "image_id", "similarity"]
 SPARE = 16  # neighbours fetched beyond those asked for, so that one search nearly always suffices
 
 
@@ -32,48 +35,70 @@ def retrieve(
     Args:
         names: the query images' names.
         vectors: float32 [len(names), dim], L2-normalised.
-        index: a FAISS index (inner product) whose ids are positions in `corpus`.
+        index: an index (inner product; see `surf.search.load`) whose ids are positions in `corpus`.
         corpus: the corpus images' names.
 
     Returns:
         table with the columns of `neighbors`; an image may have fewer than `options.references` if the corpus is small.
     """
-    same = [identity(name) for name in corpus]
-    todo = list(range(len(names)))
-    found: dict[int, list[tuple[int, float]]] = {}
+    todo = np.arange(len(names))
     fetch = options.references + SPARE
-    while todo:
+    picked: list[tuple[np.ndarray, ...]] = []
+    while len(todo):
         fetch = min(fetch, index.ntotal)
         similarity, ids = index.search(np.ascontiguousarray(vectors[todo]), fetch)
-        again = []
-        for row, query in enumerate(todo):
-            found[query] = _pick(identity(names[query]), ids[row], similarity[row], same, options)
-            if len(found[query]) < options.references and fetch < index.ntotal:
-                again.append(query)
-        todo, fetch = again, fetch * 4
-    rows = [
-        {"query_id": names[query], "rank": rank, "image_id": image_id, "similarity": similarity}
-        for query in range(len(names))
-        for rank, (image_id, similarity) in enumerate(found[query])
-    ]
-    return store.table_of(rows, "neighbors")
+        rows, ranks, hits, scores = pick(
+            *_photographs([names[query] for query in todo.tolist()], ids, corpus), ids, similarity, options
+        )
+        short = np.bincount(rows, minlength=len(todo)) < options.references
+        again = short if fetch < index.ntotal else np.zeros(len(todo), bool)
+        done = ~again[rows]
+        picked.append((todo[rows[done]], ranks[done], hits[done], scores[done]))
+        todo, fetch = todo[again], fetch * 4
+    columns = [np.concatenate(some) for some in zip(*picked, strict=True)] or [np.array([], np.int64)] * 4
+    order = np.lexsort((columns[1], columns[0]))
+    query, *rest = (column[order] for column in columns)
+    table = pa.table([pa.array(names, pa.string()).take(pa.array(query, pa.int64())), *map(pa.array, rest)], COLUMNS)
+    return table.cast(SCHEMAS["neighbors"])
 
 
-def _pick(
-    query: str, ids: np.ndarray, similarity: np.ndarray, same: Sequence[str], options: config.Retrieve
-) -> list[tuple[int, float]]:
-    """The first `options.references` hits that are neither copies of the query nor of each other."""
-    hits = sorted((-float(s), int(i)) for s, i in zip(similarity, ids, strict=True) if i >= 0)
-    taken = {query}
-    picked = []
-    for negative, image_id in hits:
-        if -negative >= options.max_similarity or same[image_id] in taken:
-            continue
-        taken.add(same[image_id])
-        picked.append((image_id, -negative))
-        if len(picked) == options.references:
-            break
-    return picked
+def pick(
+    query: np.ndarray, photographs: np.ndarray, ids: np.ndarray, similarity: np.ndarray, options: config.Retrieve
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each query the first `options.references` hits that are neither copies of it nor of each other.
+
+    Args:
+        query: number of each query's photograph, int64 [n].
+        photographs: number of each hit's photograph, int64 [n, k].
+        ids, similarity: the hits, int64 and float32 [n, k]; ids below 0 are none.
+
+    Returns:
+        (query 0 to n - 1, rank, image id, similarity) of all that are kept, by query and rank
+    """
+    order = np.lexsort((ids, -similarity), axis=1)
+    ids, similarity, photographs = (np.take_along_axis(of, order, 1) for of in (ids, similarity, photographs))
+    fits = (ids >= 0) & (similarity.astype(np.float64) < options.max_similarity) & (photographs != query[:, None])
+    # what does not fit hides no other copy of its photograph: it gets a number of its own
+    numbers = np.where(fits, photographs, -1 - np.arange(ids.shape[1]))
+    by_number = np.argsort(numbers, axis=1, kind="stable")
+    sorted_ = np.take_along_axis(numbers, by_number, 1)
+    first = np.ones_like(fits)
+    first[:, 1:] = sorted_[:, 1:] != sorted_[:, :-1]
+    fresh = np.empty_like(first)
+    np.put_along_axis(fresh, by_number, first, 1)
+    keep = fits & fresh
+    ranks = np.cumsum(keep, 1) - 1
+    rows, places = np.nonzero(keep & (ranks < options.references))
+    return rows, ranks[rows, places], ids[rows, places], similarity[rows, places]
+
+
+def _photographs(names: Sequence[str], ids: np.ndarray, corpus: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """One number for each photograph (see `identity`): of the queries [n], and of their hits [n, k]."""
+    different, place = np.unique(ids, return_inverse=True)
+    numbers: dict[str, int] = {}
+    hits = [numbers.setdefault(identity(corpus[i]), len(numbers)) if i >= 0 else -1 for i in different.tolist()]
+    queries = [numbers.setdefault(identity(name), len(numbers)) for name in names]
+    return np.array(queries, np.int64), np.array(hits, np.int64)[place].reshape(ids.shape)
 
 
 def corpus_vectors(manifest: Path, wanted: Mapping[int, str]) -> dict[str, np.ndarray]:
@@ -84,7 +109,7 @@ def corpus_vectors(manifest: Path, wanted: Mapping[int, str]) -> dict[str, np.nd
     ids = pa.array(sorted(wanted), pa.int64())
     for part in store.parts_of(manifest, "embeddings"):
         table = store.read_table(part, "embeddings")
-        table = table.filter(pa.compute.is_in(table["image_id"], value_set=ids))
+        table = table.filter(pc.is_in(table["image_id"], value_set=ids))
         table = table.filter(table["embedding"].is_valid())
         if table.num_rows:
             matrix = to_matrix(table["embedding"])
@@ -102,13 +127,13 @@ def main() -> None:
         paths=["queries", "index", "embeddings", "catalog", "out", "quarantine"],
         extras={"dataset": {"required": True, "choices": ["rounds", "pope/questions"]}},
     )
-    import faiss
-
     clock = Clock()
     names = sorted(set(store.read_table(args.queries, args.dataset, ["image"])["image"].to_pylist()))
-    corpus = store.read_table(args.catalog, "catalog", ["image"])["image"].to_pylist()
-    number = {name: image_id for image_id, name in reversed(list(enumerate(corpus)))}
-    known = corpus_vectors(args.embeddings, {number[name]: name for name in names if name in number})
+    images = store.read_table(args.catalog, "catalog", ["image"])["image"].combine_chunks()
+    first = pc.index_in(pa.array(names, pa.string()), value_set=images).to_pylist()
+    known = corpus_vectors(
+        args.embeddings, {place: name for place, name in zip(first, names, strict=True) if place is not None}
+    )
     others = [name for name in names if name not in known]
     errors: dict[str, str] = {}
     if others:
@@ -128,10 +153,10 @@ def main() -> None:
         max_bad_share=args.images.max_bad_share,
     )
     names = [name for name in names if name not in errors]
-    index = faiss.read_index(str(args.index))
+    index = search.load(args.index)
     clock.loaded()
     vectors = np.stack([known[name] for name in names]) if names else np.zeros((0, index.d), np.float32)
-    table = retrieve(names, vectors, index, corpus, args.retrieve)
+    table = retrieve(names, vectors, index, images.to_pylist(), args.retrieve)
     flags = cli.flags(retrieve=args.retrieve, embed=args.embed)
     meta = {"stage": "retrieve", "version": args.retrieve.version, "flags": flags}
     store.write_table(args.out, table, "neighbors", meta)

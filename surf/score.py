@@ -165,27 +165,38 @@ def judge(
 
 
 def label(metric: str, score: float, correct: bool | None, base: float, options: config.Score) -> bool | None:
-    """Did a reference help? True: a positive reference, False: a negative one, None: undecided.
+    """Did a reference help? True: a positive reference, False: a negative one, None: undecided. See `labels`."""
+    (found,) = labels(np.array([metric]), np.array([score]), np.array([-1 if correct is None else correct]), base, options)
+    return None if found < 0 else bool(found)
+
+
+def labels(
+    metrics: np.ndarray, scores: np.ndarray, correct: np.ndarray, bases: np.ndarray | float, options: config.Score
+) -> np.ndarray:
+    """Which references helped: int8, 1 for a positive reference, 0 for a negative one, -1 where it is undecided.
 
     By match and iou a reference is positive if the answer with it is right: the answer without it was wrong, or the round
     would not be asked again. By bertscore and loglik it must gain, or lose, at least the margin.
 
     Args:
-        metric, score, correct: judgement of the answer with the reference.
-        base: score of the answer without a reference, by the same metric.
+        metrics, scores, correct: judgements of the answers with a reference; correct is 1, 0, or -1 where undecided.
+        bases: scores of the answers without a reference, by the same metric.
+
+    Raises:
+        SurfError: a metric that is not in the table above.
     """
-    if metric in ("match", "iou"):
-        return correct
-    if metric not in ("bertscore", "loglik"):
-        raise SurfError(f"there is no metric {metric!r}", expected="match, iou, bertscore or loglik")
+    verdicts = np.isin(metrics, ["match", "iou"])
+    margins = np.select([metrics == "bertscore", metrics == "loglik"], [options.margin, options.loglik_margin], np.nan)
+    unknown = ~verdicts & np.isnan(margins)
+    if unknown.any():
+        raise SurfError(f"there is no metric {str(metrics[unknown][0])!r}", expected="match, iou, bertscore or loglik")
     # scores are stored as float32: a gain of 0.01 must not fall short of a margin of 0.01 by the rounding
-    gain = round(float(score) - float(base), 6)
-    margin = options.margin if metric == "bertscore" else options.loglik_margin
-    if math.isnan(gain) or gain == 0:
-        return None
-    if gain >= margin:
-        return True
-    return False if gain <= -margin else None
+    gains = np.round(np.asarray(scores, np.float64) - bases, 6)
+    found = np.full(len(metrics), -1, np.int8)
+    found[(gains >= margins) & (gains > 0)] = 1
+    found[(gains <= -margins) & (gains < 0)] = 0
+    found[verdicts] = np.asarray(correct, np.int8)[verdicts]
+    return found
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """What the stages need of a model. Loading one is the business of `clip` and `lvlm`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from surf.prompts import Prompt
+from surf.telemetry import Meter
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,15 @@ class Encoder(Protocol):
     """Images to vectors."""
 
     dim: int
+    meter: Meter  # busy times of reading, decoding and the model
+
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+        """Batches of (numbers into `names`, float32 [len(numbers), dim] of L2-normalised rows, errors by number), in an
+        order that suits reading. The row of an unreadable image is all zeros."""
+        ...
 
     def encode(self, names: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
-        """(float32 [len(names), dim], L2-normalised rows; errors by name). The row of an unreadable image is all zeros."""
+        """All of `stream` in the order of `names`: (float32 [len(names), dim], errors by name)."""
         ...
 
 

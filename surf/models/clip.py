@@ -1,7 +1,7 @@
 """CLIP image towers by open_clip."""
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,10 @@ import numpy as np
 from surf import config
 from surf.errors import ImageError, SurfError
 from surf.images import Images
+from surf.models import jpeg, pipeline
+from surf.telemetry import Meter
+
+IN_FLIGHT = 2  # batches on the GPU at a time: the next one waits in line when one is done
 
 
 def load(options: config.Embed, images: Images) -> "Clip":
@@ -35,48 +39,129 @@ def load(options: config.Embed, images: Images) -> "Clip":
 
 
 class Clip:
-    """An `Encoder`. Images are decoded by threads, one batch ahead of the model."""
+    """An `Encoder`. The GPU normalises; what comes before it is open_clip's own preprocessing, see `pipeline` and `jpeg`."""
 
     def __init__(self, model: Any, transform: Any, images: Images, options: config.Embed, device: str) -> None:
-        self.model, self.transform, self.images, self.options, self.device = model, transform, images, options, device
+        import torch
+
+        self.options, self.device, self.meter = options, device, Meter()
         self.dim = int(model.visual.output_dim)
+        crop, mean, std = _split(transform)
+        height, width = model.visual.image_size
+        fast = options.decode == "fast"
+        plain = model.visual.preprocess_cfg.get("resize_mode", "shortest") == "shortest" and height == width
+        on_gpu = (lambda data: jpeg.suits(data, images.max_pixels)) if fast and plain and jpeg.available() else None
+        self.decoder = pipeline.Decoder(images, crop, (height, width), fast, on_gpu)
+        features = _features(model, mean.to(device), std.to(device), options.precision)
+        self.features = features if options.compile == "off" else torch.compile(features, mode=options.compile)
+        self.side: Any = torch.cuda.Stream() if device == "cuda" else None
 
     def encode(self, names: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
         """See `surf.models.Encoder`."""
-        import torch
-
         vectors = np.zeros((len(names), self.dim), np.float32)
         errors: dict[str, str] = {}
-        with torch.inference_mode():
-            for start, batch in self._batches(names):
-                good = [row for row, pixels in enumerate(batch) if not isinstance(pixels, ImageError)]
-                errors.update({names[start + row]: str(e) for row, e in enumerate(batch) if isinstance(e, ImageError)})
-                if not good:
-                    continue
-                # Short batches are filled up: with one shape for all, a row's bits do not depend on its neighbours,
-                # and so not on the number of shards.
-                pixels = torch.stack([batch[row] for row in good] + [batch[good[0]]] * (self.options.batch_size - len(good)))
-                pixels = pixels.to(self.device, dtype=next(self.model.parameters()).dtype)
-                features = self.model.encode_image(pixels)[: len(good)].float()
-                features = torch.nn.functional.normalize(features, dim=-1)
-                vectors[[start + row for row in good]] = features.cpu().numpy()
+        for numbers, found, bad in self.stream(names):
+            vectors[numbers] = found
+            errors.update({names[number]: error for number, error in bad.items()})
         return vectors, errors
 
-    def _batches(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
-        """(first row, decoded images or their errors), the next batch being decoded meanwhile."""
-        size = self.options.batch_size
-        with ThreadPoolExecutor(max(1, self.options.workers)) as pool:
-            ahead: list[tuple[int, list[Future[Any]]]] = []
-            for start in range(0, len(names), size):
-                ahead.append((start, [pool.submit(self._pixels, name) for name in names[start : start + size]]))
-                if len(ahead) > 1:
-                    first, futures = ahead.pop(0)
-                    yield first, [future.result() for future in futures]
-            for first, futures in ahead:
-                yield first, [future.result() for future in futures]
+    def stream(self, names: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
+        """See `surf.models.Encoder`."""
+        waiting: deque[tuple[pipeline.Batch, Callable[[], np.ndarray]]] = deque()
+        made = pipeline.batches(
+            names,
+            self.decoder,
+            batch_size=self.options.batch_size,
+            workers=self.options.workers,
+            pinned=self.device == "cuda",
+            meter=self.meter,
+        )
+        for batch in made:
+            waiting.append((batch, self._start(batch)))
+            if len(waiting) == IN_FLIGHT:
+                yield _finish(*waiting.popleft())
+        while waiting:
+            yield _finish(*waiting.popleft())
 
-    def _pixels(self, name: str) -> Any:
-        try:
-            return self.transform(self.images.open(name))
-        except ImageError as error:
-            return error
+    def _start(self, batch: pipeline.Batch) -> Callable[[], np.ndarray]:
+        """Begin a batch; the function that is returned waits for it: float32 [batch size, dim]."""
+        import torch
+
+        with torch.inference_mode():
+            if self.side is None:
+                with self.meter("model"):
+                    vectors = self.features(batch.pixels).numpy()
+                return lambda: vectors
+            pixels = self._to_gpu(batch)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            if self.options.compile != "off":
+                torch.compiler.cudagraph_mark_step_begin()  # the last batch's vectors are on their way to the CPU
+            result = self.features(pixels).to("cpu", non_blocking=True)
+            end.record()
+
+        def wait() -> np.ndarray:
+            end.synchronize()
+            self.meter.add("model", begin.elapsed_time(end) / 1000)
+            return result.numpy()
+
+        return wait
+
+    def _to_gpu(self, batch: pipeline.Batch) -> Any:
+        """Pixels on the GPU, copied and decoded by a stream of its own beside the model's."""
+        import torch
+
+        main = torch.cuda.current_stream()
+        with self.meter("GPU decode" if batch.encoded else "transfer"), torch.cuda.stream(self.side):
+            pixels = self.decode(batch)
+        main.wait_stream(self.side)
+        pixels.record_stream(main)
+        return pixels
+
+    def decode(self, batch: pipeline.Batch) -> Any:
+        """The batch's pixels on the model's device. Files left to the GPU are decoded; what it cannot read, Pillow may."""
+        import torch
+
+        found = jpeg.decode(list(batch.encoded.values()), self.decoder.size, self.device)
+        for (place, data), pixels in zip(batch.encoded.items(), found, strict=True):
+            if pixels is None:
+                try:
+                    batch.pixels[place] = torch.from_numpy(self.decoder.pixels(data))
+                except ImageError as error:
+                    batch.errors[place] = error
+        whole = batch.pixels.to(self.device, non_blocking=True)
+        if good := {place: pixels for place, pixels in zip(batch.encoded, found, strict=True) if pixels is not None}:
+            whole[torch.tensor(list(good), device=self.device)] = torch.stack(list(good.values()))
+        return whole
+
+
+def _finish(batch: pipeline.Batch, wait: Callable[[], np.ndarray]) -> tuple[list[int], np.ndarray, dict[int, str]]:
+    vectors = wait()[: len(batch.numbers)]
+    vectors[list(batch.errors)] = 0
+    return batch.numbers, vectors, {batch.numbers[place]: str(error) for place, error in batch.errors.items()}
+
+
+def _features(model: Any, mean: Any, std: Any, precision: str) -> Callable[[Any], Any]:
+    """uint8 [n, height, width, 3] to unit vectors float32 [n, dim]: ToTensor, Normalize and the model."""
+    import open_clip
+    import torch
+
+    dtype = open_clip.get_input_dtype(precision) or torch.float32
+
+    def features(pixels: Any) -> Any:
+        images = pixels.permute(0, 3, 1, 2).float().div(255).sub(mean).div(std).to(dtype)
+        return torch.nn.functional.normalize(model.encode_image(images).float(), dim=-1)
+
+    return features
+
+
+def _split(transform: Any) -> tuple[Any, Any, Any]:
+    """open_clip's transform in two: what works on PIL images, and the mean and deviation [3, 1, 1] of the colours."""
+    import torch
+    from torchvision import transforms
+
+    *crop, to_tensor, normalize = transform.transforms
+    if not isinstance(to_tensor, transforms.ToTensor) or not isinstance(normalize, transforms.Normalize):
+        raise SurfError(f"open_clip preprocesses in another way: {transform}", where="open_clip", expected="release 3.3")
+    mean, std = (torch.tensor(list(values)).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+    return transforms.Compose(crop), mean, std

@@ -1,4 +1,4 @@
-"""Embedding, first answers and re-answers, with real open_clip and transformers models of tiny size and random weights."""
+"""First answers and re-answers, with a real transformers model of tiny size and random weights."""
 
 import json
 import random
@@ -9,35 +9,12 @@ from PIL import Image
 
 from surf import config, prompts, store
 from surf.answer import answer
-from surf.embed import embed
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, lvlm, sampling
 from surf.prompts import Reference
 from surf.reanswer import Judge, reanswer
 from surf.shards import stable_hash
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("clip")
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    whole = {"model_cfg": CLIP, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
-    (folder / "open_clip_config.json").write_text(json.dumps(whole))
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**{key: dict(value) if isinstance(value, dict) else value for key, value in CLIP.items()})
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -50,79 +27,8 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def catalog(*names):
-    return store.table_of([{"image_id": n, "image": name, "caption": "x"} for n, name in enumerate(names)], "catalog")
-
-
-def encoder(clip_folder, pictures, **options):
-    from surf.models import clip
-
-    section = config.Embed(model=f"local-dir:{clip_folder}", pretrained=None, workers=2, **options)
-    return clip.load(section, Images([str(pictures)]))
-
-
 def partial(tmp_path, dataset, **depends_on):
     return store.Partial(tmp_path / "part-00000-of-00001.parquet", dataset, **depends_on)
-
-
-def test_embeddings_are_open_clips_own_and_unit_length(clip_folder, pictures, tmp_path):
-    import open_clip
-    import torch
-
-    names = [f"{number}.png" for number in range(5)]
-    table, errors = embed(catalog(*names), encoder(clip_folder, pictures, batch_size=4), partial(tmp_path, "embeddings"))
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
-    with torch.no_grad():
-        batch = torch.stack([transform(Image.open(pictures / name).convert("RGB")) for name in names])
-        expected = torch.nn.functional.normalize(model.eval().encode_image(batch), dim=-1).numpy()
-    found = np.array(table["embedding"].to_pylist(), np.float32)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-3)
-    assert errors == {} and table["image_id"].to_pylist() == list(range(5))
-
-
-def test_a_bad_image_is_null_and_named_and_batches_change_no_bit(clip_folder, pictures, tmp_path):
-    names = ["0.png", "broken.png", "1.png", "gone.png", *(f"{n}.png" for n in range(2, 9))]
-    model = encoder(clip_folder, pictures, batch_size=4)
-    table, errors = embed(catalog(*names), model, partial(tmp_path / "a", "embeddings"))
-    assert sorted(errors) == ["broken.png", "gone.png"] and "no such image" in errors["gone.png"]
-    assert [row is None for row in table["embedding"].to_pylist()] == [name in errors for name in names]
-    for start in (0, 3, 7):
-        piece, _ = embed(catalog(*names[start:]), model, partial(tmp_path / f"b{start}", "embeddings"))
-        assert piece["embedding"].to_pylist() == table["embedding"].to_pylist()[start:]
-
-
-def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch):
-    from surf import embed as module
-
-    monkeypatch.setattr(module, "FLUSH", 4)
-    names = [f"{n}.png" for n in range(10)]
-    model = encoder(clip_folder, pictures, batch_size=4)
-    whole, _ = embed(catalog(*names), model, partial(tmp_path / "whole", "embeddings"))
-    asked = []
-
-    class Killed:
-        dim = model.dim
-
-        def encode(self, names):
-            asked.extend(names)
-            if len(asked) == 8 and "killed" not in asked:
-                asked.append("killed")
-                raise KeyboardInterrupt
-            return model.encode(names)
-
-    with pytest.raises(KeyboardInterrupt):
-        embed(catalog(*names), Killed(), partial(tmp_path, "embeddings"))
-    again, _ = embed(catalog(*names), Killed(), partial(tmp_path, "embeddings"))
-    assert again.equals(whole)
-    assert asked.count("0.png") == 1 and asked.count("4.png") == 2
-
-
-def test_unknown_clip_is_told(pictures):
-    from surf.models import clip
-
-    with pytest.raises(SurfError, match=r"embed\.model = 'ViT-XXL-99'"):
-        clip.load(config.Embed(model="ViT-XXL-99", pretrained=None), Images([str(pictures)]))
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,22 @@
-"""Hard pairs, mixes and the original's JSON."""
+"""Hard pairs, mixes, random negatives and the original's JSON."""
 
 from collections import Counter
 
+import numpy as np
+import plain
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surf import config, pair
+from surf import config, labels, pair, store
+from surf.errors import SurfError
+from surf.images import identity
 
 JUDGE = config.Score()
 
 
 def shard(verdicts, metric="match", base=0.0, scores=None):
-    """One round per entry of `verdicts` (round id → correct flags by rank)."""
+    """Rows of rounds, first scores, scores and neighbours; a round per entry of `verdicts` (round id → correct by rank)."""
     rounds = [{"round_id": r, "image": f"{r}.jpg", "question": "Q?", "answer": "A", "task": "short"} for r in verdicts]
     first = [{"round_id": r, "rank": -1, "metric": metric, "score": base, "correct": False} for r in verdicts]
     again, near = [], []
@@ -24,27 +28,56 @@ def shard(verdicts, metric="match", base=0.0, scores=None):
     return rounds, first, list(reversed(again)), list(reversed(near))
 
 
+def tables(rows):
+    return [store.table_of(some, dataset) for some, dataset in zip(rows, labels.DATASETS, strict=True)]
+
+
+def label(rows, judge=JUDGE):
+    rounds, first, again, near = tables(rows)
+    found = labels.label(rounds, first, again, judge)
+    return labels.rows_of(found, np.arange(len(found.rounds)), rounds, again, near)
+
+
+def expected(rows, judge=JUDGE):
+    """The plain loop's, from what the tables store (float32)."""
+    return list(plain.label(*map(store.rows, tables(rows)), judge))
+
+
 def test_the_most_similar_of_each_kind_is_taken():
-    (row,) = pair.label(*shard({"r": [False, False, True, False, True]}), JUDGE)
-    assert row["positive"] == {"image_id": 102, "similarity": 0.8, "gain": 1.0}
-    assert row["negative"] == {"image_id": 100, "similarity": 1.0, "gain": 0.0}
+    (row,) = label(shard({"r": [False, False, True, False, True]}))
+    assert (row["positive"]["image_id"], row["positive"]["gain"]) == (102, 1.0)
+    assert row["positive"]["similarity"] == pytest.approx(0.8)
+    assert (row["negative"]["image_id"], row["negative"]["gain"]) == (100, 0.0)
 
 
 def test_undecided_references_are_neither():
     scores = [0.505, 0.52, 0.495, 0.3]
-    (row,) = pair.label(*shard({"r": [None] * 4}, metric="bertscore", base=0.5, scores=scores), JUDGE)
+    (row,) = label(shard({"r": [None] * 4}, metric="bertscore", base=0.5, scores=scores))
     assert row["positive"]["image_id"] == 101 and row["negative"]["image_id"] == 103
 
 
 def test_rounds_that_were_not_asked_again_are_no_candidates():
-    rows = list(pair.label(*shard({"a": [], "b": [True]}), JUDGE))
+    rows = label(shard({"a": [], "b": [True]}))
     assert [(row["round_id"], row["positive"] is None, row["negative"]) for row in rows] == [("b", False, None)]
 
 
 flags = st.lists(st.booleans(), min_size=1, max_size=6)
+names = st.text("abcdef", min_size=1, max_size=3)
 
 
-@given(st.dictionaries(st.text("abcdef", min_size=1, max_size=3), flags, max_size=12))
+@given(
+    st.dictionaries(names, st.lists(st.sampled_from([True, False, None]), max_size=6), max_size=12),
+    st.sampled_from(["match", "iou", "bertscore", "loglik"]),
+    st.lists(st.sampled_from([0.3, 0.49, 0.5, 0.505, 0.51, 0.7]), min_size=6, max_size=6),
+    st.permutations(range(4)),
+)
+def test_equals_the_plain_loop(verdicts, metric, scores, order):
+    rows = shard(verdicts, metric=metric, base=0.5, scores=scores)
+    rows = [[some[i] for i in sorted(range(len(some)), key=lambda i: order[i % 4])] for some in rows]
+    assert label(rows) == expected(rows)
+
+
+@given(st.dictionaries(names, flags, max_size=12))
 def test_stopping_early_changes_no_pair(verdicts):
     def stop(values):
         seen = []
@@ -54,9 +87,59 @@ def test_stopping_early_changes_no_pair(verdicts):
                 break
         return seen
 
-    whole = list(pair.label(*shard(verdicts), JUDGE))
-    early = list(pair.label(*shard({r: stop(v) for r, v in verdicts.items()}), JUDGE))
-    assert whole == early
+    assert label(shard(verdicts)) == label(shard({r: stop(v) for r, v in verdicts.items()}))
+
+
+def test_rows_that_fit_to_nothing_are_told():
+    rounds, first, again, near = shard({"r": [True, False]})
+    with pytest.raises(SurfError, match="'r' was answered again but is not in rounds"):
+        label(([], first, again, near))
+    with pytest.raises(SurfError, match="'r' was answered again but is not in scores/answers"):
+        label((rounds, [], again, near))
+    with pytest.raises(SurfError, match=r"'r\.jpg' has no neighbour of rank 1"):
+        label((rounds, first, again, [row for row in near if row["rank"] == 0]))
+
+
+@pytest.mark.parametrize("mix", [{}, {"positive_only": 0.3, "negative_only": 0.2, "no_reference": 0.1}, {"no_reference": 1.0}])
+def test_what_is_kept_of_each_shard_is_enough(tmp_path, mix):
+    """Only `samples` rounds of each kind are kept in memory; the samples are those that are chosen from all rounds."""
+    rng = np.random.default_rng(0)
+    everything, shards = [], []
+    for number in range(3):
+        verdicts = {f"r{number}-{i}": [bool(flag) for flag in rng.integers(0, 2, rng.integers(1, 4))] for i in range(40)}
+        rows = shard(verdicts)
+        everything += expected(rows)
+        paths = [tmp_path / f"{name.replace('/', '-')}-{number}.parquet" for name in labels.DATASETS]
+        for path, table, dataset in zip(paths, tables(rows), labels.DATASETS, strict=True):
+            store.write_table(path, table, dataset)
+        shards.append(paths)
+    options = config.Pair(samples=15, mix=config.Mix(**mix))
+    kept, counts = labels.gather(shards, JUDGE, lambda round_id: pair.order(round_id, 1), options.samples)
+    assert len(kept) <= 4 * 15 < len(everything) == sum(counts.values()) == 120
+    assert pair.choose(kept, options, seed=1) == pair.choose(everything, options, seed=1)
+
+
+def test_random_negatives_are_other_readable_photographs():
+    corpus = ["coco/train2017/000000000001.jpg", "p.jpg", "bad.jpg", "n.jpg", "m.jpg"]
+
+    def rows():
+        reference = {"image_id": 1, "similarity": 0.5, "gain": 1.0}
+        image = "COCO_train2014_000000000001.jpg"
+        return [{"round_id": f"r{n}", "image": image, "positive": reference, "negative": reference} for n in range(50)]
+
+    chosen, again, other = rows(), rows(), rows()
+    pair.random_negatives(chosen, corpus, {"bad.jpg"}, seed=0)
+    pair.random_negatives(again[::-1], corpus, {"bad.jpg"}, seed=0)
+    pair.random_negatives(other, corpus, {"bad.jpg"}, seed=1)
+    assert {row["negative"]["image_id"] for row in chosen} == {3, 4}
+    assert chosen == again != other
+    assert chosen[0]["negative"]["similarity"] is None and chosen[0]["positive"]["image_id"] == 1
+    with pytest.raises(SurfError, match="no random negative"):
+        pair.random_negatives(rows(), corpus[:3], {"bad.jpg"}, seed=0)
+    none = [{"round_id": "r", "image": "i.jpg", "positive": None, "negative": None}]
+    pair.random_negatives(none, corpus, set(), seed=0)
+    assert none[0]["negative"] is None
+    assert identity(corpus[0]) == identity(rows()[0]["image"])
 
 
 def labelled(both=0, positive=0, negative=0):

@@ -1,0 +1,125 @@
+"""Nearest neighbours by inner product: exact by torch over blocks of vectors, else by FAISS.
+
+An exact index is searched by torch where there is a GPU. Blocks have one shape, padded, so that equal vectors get equal scores
+wherever they lie.
+"""
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK_ROWS = 262_144  # vectors of the corpus compared at a time: 0.8 GB of 768 float32 numbers
+BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
+
+
+def load(path: Path) -> Any:
+    """The index in `path`, an object with ntotal, d and search(queries float32 [n, d], k) -> (similarity, ids).
+
+    Where there is a GPU, a Flat index is searched there by torch, and another one that fits into memory by FAISS, if this FAISS
+    was built for GPUs.
+    """
+    import faiss
+
+    index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    if not gpu():
+        return index
+    flat = vectors_of(index)
+    if flat is not None:
+        return Exact(*flat, "cuda")
+    lists: Any = faiss.try_extract_index_ivf(index)
+    on_disk = lists is not None and isinstance(faiss.downcast_InvertedLists(lists.invlists), faiss.OnDiskInvertedLists)
+    if on_disk or not hasattr(faiss, "StandardGpuResources"):
+        return index
+    return faiss.index_cpu_to_all_gpus(index)
+
+
+def gpu() -> bool:
+    """Is there a GPU that torch can use? Where there is no driver, torch is not even imported."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def vectors_of(index: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """(ids int64 [n], vectors float32 [n, d]) of a Flat index with ids, without a copy; None for any other index."""
+    import faiss
+
+    if not isinstance(index, faiss.IndexIDMap2):
+        return None
+    flat = faiss.downcast_index(index.index)
+    if not isinstance(flat, faiss.IndexFlat):
+        return None
+    vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+    return faiss.vector_to_array(index.id_map), vectors
+
+
+class Exact:
+    """A Flat index on a torch device."""
+
+    def __init__(self, ids: np.ndarray, vectors: np.ndarray, device: str) -> None:
+        self.ids, self.vectors, self.device = ids, vectors, device
+        self.ntotal, self.d = vectors.shape
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As FAISS: (similarity float32 [n, k], ids int64 [n, k]); see `exact`."""
+        starts = range(0, self.ntotal, BLOCK_ROWS)
+        blocks = ((self.ids[i : i + BLOCK_ROWS], self.vectors[i : i + BLOCK_ROWS]) for i in starts)
+        return exact(blocks, queries, k, self.device)
+
+
+def exact(
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], queries: np.ndarray, k: int, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k highest inner products of each query over all blocks; float32 products, each block goes to the device once.
+
+    Args:
+        blocks: (ids int64 [rows], vectors float32 [rows, d]).
+        queries: float32 [n, d].
+
+    Returns:
+        (similarity float32 [n, k], ids int64 [n, k]), highest first, equal ones by id; -inf and -1 where there are too few.
+    """
+    import torch
+
+    asked = torch.from_numpy(queries)
+    best = torch.full((len(queries), k), -torch.inf, device=device)
+    found = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
+    size = 0
+    with torch.inference_mode(), _full_precision():
+        for ids, vectors in blocks:
+            size = max(size, len(ids))  # the last block is the shortest one
+            corpus = torch.zeros((size, queries.shape[1]), device=device)
+            corpus[: len(ids)] = torch.from_numpy(vectors)
+            number = torch.tensor(ids, device=device)
+            for start in range(0, len(queries), BLOCK_QUERIES):
+                rows = slice(start, start + BLOCK_QUERIES)
+                scores = asked[rows].to(device) @ corpus.T
+                top = scores[:, : len(ids)].topk(min(k, len(ids)))
+                both = torch.cat([best[rows], top.values], 1)
+                names = torch.cat([found[rows], number[top.indices]], 1)
+                kept = both.topk(k)
+                best[rows], found[rows] = kept.values, names.gather(1, kept.indices)
+    similarity, result = best.cpu().numpy(), found.cpu().numpy()
+    order = np.lexsort((result, -similarity), axis=1)
+    return np.take_along_axis(similarity, order, 1), np.take_along_axis(result, order, 1)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 numbers as float32, not as TensorFloat-32."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,282 @@
+"""The embedding pipeline with a real open_clip model of tiny size, over folders and packed files."""
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from surf import config, store
+from surf import embed as module
+from surf.embed import embed
+from surf.errors import ImageError, SurfError
+from surf.images import Images
+from surf.models import clip, jpeg, pipeline
+from surf.telemetry import Clock, Meter
+
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("clip")
+    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    whole = {"model_cfg": CLIP, "preprocess_cfg": {"mean": list(mean), "std": list(std)}}
+    (folder / "open_clip_config.json").write_text(json.dumps(whole))
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**{key: dict(value) if isinstance(value, dict) else value for key, value in CLIP.items()})
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def noise(seed, size=(40, 48), kind="PNG", **options):
+    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """Bytes of a real photograph, 512x600."""
+    import matplotlib
+
+    return (Path(matplotlib.get_data_path()) / "sample_data/grace_hopper.jpg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(20):
+        (folder / f"{number}.png").write_bytes(noise(number))
+    (folder / "broken.png").write_bytes(b"not an image")
+    return folder
+
+
+def catalog(*names):
+    return store.table_of([{"image_id": n, "image": name, "caption": "x"} for n, name in enumerate(names)], "catalog")
+
+
+def encoder(clip_folder, *roots, **options):
+    section = config.Embed(model=f"local-dir:{clip_folder}", pretrained=None, workers=2, **options)
+    return clip.load(section, Images([str(root) for root in roots]))
+
+
+def partial(tmp_path, **depends_on):
+    return store.Partial(tmp_path / "part-00000-of-00001.parquet", "embeddings", **depends_on)
+
+
+def pack(path, names, pictures, group=3):
+    table = pa.table({"image": names, "bytes": pa.array([(pictures / name).read_bytes() for name in names], pa.binary())})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def test_embeddings_are_open_clips_own_and_unit_length(clip_folder, pictures, tmp_path):
+    import open_clip
+    import torch
+
+    names = [f"{number}.png" for number in range(4)]
+    vectors, errors = encoder(clip_folder, pictures, batch_size=4).encode(names)
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{clip_folder}")
+    with torch.no_grad():
+        batch = torch.stack([transform(Image.open(pictures / name).convert("RGB")) for name in names])
+        expected = torch.nn.functional.normalize(model.eval().encode_image(batch), dim=-1).numpy()
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert errors == {}
+    table, _ = embed(catalog(*names), encoder(clip_folder, pictures, batch_size=4), partial(tmp_path))
+    assert table["image_id"].to_pylist() == list(range(4))
+    assert (np.array(table["embedding"].to_pylist()) == vectors.astype(np.float16)).all()
+
+
+def test_a_bad_image_is_null_and_named_and_batches_change_no_bit(clip_folder, pictures, tmp_path):
+    names = ["0.png", "broken.png", "1.png", "missing.png", *[f"{n}.png" for n in range(2, 9)]]
+    model = encoder(clip_folder, pictures, batch_size=4)
+    table, errors = embed(catalog(*names), model, partial(tmp_path / "a"))
+    assert sorted(errors) == ["broken.png", "missing.png"] and "no such image" in errors["missing.png"]
+    assert [row is None for row in table["embedding"].to_pylist()] == [name in errors for name in names]
+    for start in (0, 3, 6):
+        piece, _ = embed(catalog(*names[start:]), model, partial(tmp_path / f"b{start}"))
+        assert piece["embedding"].to_pylist() == table["embedding"].to_pylist()[start:]
+
+
+def test_packed_files_are_read_group_by_group_and_give_the_same_bits(clip_folder, pictures, tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(20)]
+    order = np.random.default_rng(0).permutation(20).tolist()
+    first = pack(tmp_path / "a.parquet", [names[n] for n in order[:14]], pictures)
+    second = pack(tmp_path / "b.parquet", [names[n] for n in order[14:]], pictures)
+    read = []
+    group = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, number, columns: read.append(columns) or group(self, number, columns)
+    )
+    packed = encoder(clip_folder, first, second, batch_size=4)
+    read.clear()
+    vectors, errors = packed.encode(names)
+    assert errors == {} and len(read) == 7, "each row group once"
+    assert (vectors == encoder(clip_folder, pictures, batch_size=4).encode(names)[0]).all()
+
+
+def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH", 4)
+    names = [f"{n}.png" for n in range(10)]
+    model = encoder(clip_folder, pictures, batch_size=4)
+    whole, _ = embed(catalog(*names), model, partial(tmp_path / "whole"))
+    asked = []
+
+    class Killed:
+        dim, meter = model.dim, model.meter
+
+        def stream(self, names):
+            for numbers, vectors, bad in model.stream(names):
+                if len(asked) == 8 and "killed" not in asked:
+                    asked.append("killed")
+                    raise KeyboardInterrupt
+                asked.extend(names[number] for number in numbers)
+                yield numbers, vectors, bad
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(catalog(*names), Killed(), partial(tmp_path))
+    assert partial(tmp_path).read().num_rows == 8
+    again, _ = embed(catalog(*names), Killed(), partial(tmp_path))
+    assert again.equals(whole)
+    assert asked.count("0.png") == 1 and asked.count("9.png") == 1
+
+
+def test_unknown_clip_is_told(pictures):
+    with pytest.raises(SurfError, match=r"embed\.model = 'ViT-XXL-99'"):
+        clip.load(config.Embed(model="ViT-XXL-99", pretrained=None), Images([str(pictures)]))
+
+
+def test_a_broken_disk_ends_the_pipeline(clip_folder, pictures, tmp_path, monkeypatch):
+    names = [f"{number}.png" for number in range(20)]
+    model = encoder(clip_folder, pack(tmp_path / "a.parquet", names, pictures), batch_size=4)
+
+    def fail(self, number, columns):
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        model.encode(names)
+
+
+def test_a_consumer_that_stops_leaves_no_thread_behind(clip_folder, pictures):
+    import threading
+
+    before = threading.active_count()
+    stream = encoder(clip_folder, pictures, batch_size=2).stream([f"{number}.png" for number in range(20)])
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close(clip_folder, pictures, precision):
+    names = [f"{number}.png" for number in range(4)]
+    exact, half = (encoder(clip_folder, pictures, batch_size=4, precision=p).encode(names)[0] for p in ("fp32", precision))
+    assert (exact * half).sum(1).min() > 0.999
+
+
+def test_a_compiled_model_gives_the_same_vectors(clip_folder, pictures, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "compile", lambda function, mode: calls.append(mode) or function)
+    calls = []
+    encoder(clip_folder, pictures, batch_size=4, compile="reduce-overhead")
+    encoder(clip_folder, pictures, batch_size=4)
+    assert calls == ["reduce-overhead"]
+
+
+# --- fast decoding -----------------------------------------------------------------------------------------------------
+
+
+def exact(data, size):
+    """open_clip's own pixels, uint8 [size, size, 3]."""
+    from torchvision import transforms
+
+    crop = transforms.Compose([transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)])
+    return np.asarray(crop(Image.open(io.BytesIO(data)).convert("RGB"))).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_fast_pixels_of_a_real_photograph_are_close(photograph, size):
+    """By a decoder that reduces, and by the one that runs on the GPU (here: on the CPU, the same code)."""
+    from torchvision import transforms
+
+    crop = transforms.Compose([transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)])
+    draft = pipeline.Decoder(Images([]), crop, (size, size), draft=True).pixels(photograph)
+    (gpu,) = jpeg.decode([photograph], (size, size), "cpu")
+    for pixels, most in ((draft, 3.0), (gpu.numpy(), 1.0)):
+        assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
+        assert np.abs(pixels - exact(photograph, size)).mean() < most, "grey levels of 255"
+
+
+def test_bad_files_do_not_spoil_the_good_ones(photograph):
+    files = [photograph, b"\xff\xd8 no jpeg \xff\xd9", noise(1, (50, 70), "JPEG"), photograph[:2000], photograph]
+    found = jpeg.decode(files, (32, 32), "cpu")
+    assert found[1] is None
+    for one, file in zip(found, files, strict=True):
+        assert one is None or (one == jpeg.decode([file], (32, 32), "cpu")[0]).all()
+    assert [found[place] is not None for place in (0, 2, 4)] == [True] * 3
+    assert jpeg.decode([], (32, 32), "cpu") == []
+
+
+def test_only_plain_whole_jpegs_are_left_to_the_gpu(photograph):
+    turned = Image.new("RGB", (40, 20)).getexif()
+    turned[0x0112] = 6
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (40, 20)).save(cmyk, "JPEG")
+    grey = io.BytesIO()
+    Image.new("L", (40, 20)).save(grey, "JPEG")
+    assert jpeg.suits(photograph, 10**6) and jpeg.suits(grey.getvalue(), 10**6) and jpeg.suits(photograph + b"\0\0", 10**6)
+    refused = (
+        photograph[:5000],
+        noise(1),
+        noise(1, kind="JPEG", exif=turned),
+        cmyk.getvalue(),
+        b"",
+        b"\xff\xd8 no jpeg \xff\xd9",
+    )
+    assert not any(jpeg.suits(data, 10**6) for data in refused)
+    assert not jpeg.suits(photograph, 512 * 600 - 1)
+
+
+def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_path):
+    """The GPU's part of the work, on the CPU: one file that its decoder refuses, one that nobody can read, one good one."""
+    import torch
+
+    odd = noise(3, (40, 40))  # a PNG, as if it had looked like a JPEG
+    model = encoder(clip_folder, tmp_path, batch_size=4, decode="fast")
+    batch = pipeline.Batch([7, 8, 9], torch.zeros((4, 32, 32, 3), dtype=torch.uint8))
+    batch.encoded = {0: photograph, 1: odd, 2: b"nothing"}
+    pixels = model.decode(batch).numpy()
+    assert np.abs(pixels[0] - exact(photograph, 32)).mean() < 1.5
+    assert (pixels[1] == exact(odd, 32)).all() and not pixels[2:].any()
+    assert list(batch.errors) == [2] and isinstance(batch.errors[2], ImageError)
+
+
+def test_the_log_says_what_bounds_the_stage(tmp_path, caplog):
+    clock, meter = Clock(), Meter()
+    clock.ready -= 10
+    meter.add("decode", 9.0)
+    meter.add("model", 2.0)
+    meter.add("model", 2.0)
+    with caplog.at_level(logging.INFO, "surf"):
+        clock.note(tmp_path / "part.parquet", 100, meter)
+    assert "decode 90%, model 40%; decode bounds the stage" in caplog.text
+    figures = json.loads((tmp_path / "_telemetry/part.json").read_text())
+    assert figures["busy"] == {"decode": 0.9, "model": 0.4}
