@@ -1,6 +1,5 @@
 """First answers and re-answers, with a real transformers model of tiny size and random weights."""
 
-import json
 import random
 
 import numpy as np
