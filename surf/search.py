@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from surf.errors import SurfError
+
 BLOCK_ROWS = 262_144  # vectors of the corpus compared at a time: 0.8 GB of 768 float32 numbers
 BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
 
@@ -21,10 +23,17 @@ def load(path: Path) -> Any:
 
     Where there is a GPU, a Flat index is searched there by torch, and another one that fits into memory by FAISS, if this FAISS
     was built for GPUs.
+
+    Raises:
+        SurfError: the index, or a file of codes beside it, is missing or torn.
     """
     import faiss
 
-    index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except RuntimeError as error:
+        message = str(error).splitlines()[-1].split("Error: ")[-1]
+        raise SurfError(f"cannot be read ({message})", where=str(path), next=f"rm {path}; snakemake {path}") from None
     if not gpu():
         return index
     flat = vectors_of(index)
