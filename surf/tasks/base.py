@@ -40,3 +40,17 @@ class Task(Protocol):
     def chance(self, questions: Sequence[Question]) -> float | None:
         """Mean score of a guess that sees neither image nor question, in [0, 1]; None where guessing has no meaning."""
         ...
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean, 0.0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def by_category(scores: Sequence[float], questions: Sequence[Question]) -> dict[str, float]:
+    """accuracy, and `accuracy (CATEGORY)` of each category where the file gives some."""
+    parts: dict[str, list[float]] = {}
+    for value, question in zip(scores, questions, strict=True):
+        if question["category"] is not None:
+            parts.setdefault(question["category"], []).append(value)
+    return {"accuracy": mean(scores)} | {f"accuracy ({name})": mean(part) for name, part in sorted(parts.items())}
