@@ -54,7 +54,7 @@ def _coco(
         if row.get("is_rejected") or row.get("is_precanned"):
             left_out += 1
         else:
-            captions[key].append(files.text(row, "caption", place))
+            captions[key].append(files.text(row, "caption", place, empty=True))
     empty = 0
     for place, row in images:
         key = files.number(row, "id", place)
@@ -82,7 +82,7 @@ def _karpathy(images: list[tuple[str, files.Row]], path: Path, split: str) -> It
         if row["split"] == split:
             sentences = files.items(row.get("sentences"), f"{place}, sentences", "a list of {raw}")
             key = files.number(row, "cocoid" if "cocoid" in row else "imgid", place)
-            captions = [files.text(entry, "raw", where) for where, entry in sentences]
+            captions = [files.text(entry, "raw", where, empty=True) for where, entry in sentences]
             yield place, _question(f"{split}#{key}", files.text(row, "filename", place), captions)
 
 

@@ -44,7 +44,7 @@ def _question(row: files.Row, data: bytes, place: str, split: str) -> Question:
         question=question,
         answers=[answer],
         choices=choices,
-        category=row.get("category"),
+        category=str(row["category"]) if row.get("category") else None,
     )
 
 

@@ -113,14 +113,13 @@ def _folder(path: Path, split: str) -> list[Question]:
 def _refuse_pickle(path: Path) -> None:
     batches = sorted(path.glob("*_batch*")) if path.is_dir() else [path]
     for batch in batches:
-        with batch.open("rb") if batch.is_file() else open("/dev/null", "rb") as file:
-            if batch.suffix != ".bin" and file.read(1) == b"\x80":
-                raise SurfError(
-                    "is a Python pickle; reading one can run code, so surf reads none",
-                    where=str(batch),
-                    expected="CIFAR-10's binary version (cifar-10-batches-bin) or Parquet",
-                    next="download cifar-10-binary.tar.gz in its place",
-                )
+        if batch.suffix != ".bin" and batch.is_file() and batch.read_bytes()[:1] == b"\x80":
+            raise SurfError(
+                "is a Python pickle; reading one can run code, so surf reads none",
+                where=str(batch),
+                expected="CIFAR-10's binary version (cifar-10-batches-bin) or a Parquet file",
+                next="download cifar-10-binary.tar.gz in its place",
+            )
 
 
 def score(responses: Sequence[str], questions: Sequence[Question]) -> list[float]:

@@ -32,10 +32,10 @@ def items(values: Any, where: str, expected: str, kinds: type | tuple[type, ...]
     return [(f"{where}, row {number}", value) for number, value in enumerate(values, 1)]
 
 
-def text(row: Row, key: str, place: str) -> str:
-    """The text under a key. Raises SurfError: there is none, or it is empty."""
+def text(row: Row, key: str, place: str, *, empty: bool = False) -> str:
+    """The text under a key. Raises SurfError: there is none, or it is empty and must not be."""
     value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (empty or value.strip()):
         found = f"{key} is {short(value)}" if key in row else f"has no {key}"
         raise SurfError(found, where=place, expected=f"a text under {key!r}")
     return value

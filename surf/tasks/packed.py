@@ -12,7 +12,6 @@ from pathlib import Path
 from surf.errors import SurfError
 from surf.tasks.files import Row, short
 
-UNPACK = "python -m surf.tasks.unpack --file FILE --out IMAGES.parquet, and add IMAGES.parquet to images.roots"
 _IMAGE_COLUMNS = ("image", "img")
 _PIXELS = 3 * 32 * 32
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

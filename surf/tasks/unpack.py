@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from surf import cli, store
+from surf.errors import SurfError
 from surf.tasks import packed
 
 log = logging.getLogger("surf")
@@ -66,9 +67,11 @@ def _images(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.suffix == ".bin":
         for _, _, pixels in packed.cifar10(path, "test"):
             yield packed.name(pixels), packed.png(pixels)
-    else:
+    elif path.suffix in (".parquet", ".tsv"):
         for _, _, data in packed.rows(path):
             yield packed.name(data), data
+    else:
+        raise SurfError("holds no images that can be unpacked", where=str(path), expected="a .parquet, .tsv or .bin file")
 
 
 if __name__ == "__main__":

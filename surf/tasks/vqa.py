@@ -45,7 +45,7 @@ def _question(row: files.Row, place: str, split: str) -> Question:
     image = files.text(row, "image", place)
     key = files.number(row, "question_id", place) if "question_id" in row else PurePosixPath(image).stem
     answers = [
-        entry if isinstance(entry, str) else files.text(entry, "answer", where)
+        entry if isinstance(entry, str) else files.text(entry, "answer", where, empty=True)
         for where, entry in files.items(row["answers"], f"{place}, answers", "a list of {answer}", (str, dict))
     ]
     return Question(
@@ -54,7 +54,7 @@ def _question(row: files.Row, place: str, split: str) -> Question:
         question=files.text(row, "question", place),
         answers=answers,
         choices=None,
-        category=row.get("answer_type"),
+        category=str(row["answer_type"]) if row.get("answer_type") else None,
     )
 
 
