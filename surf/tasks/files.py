@@ -65,3 +65,8 @@ def short(value: Any) -> str:
     """A value as an error message shows it."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def reason(error: Exception) -> str:
+    """What a library says, without the long rows that it quotes."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from surf.errors import SurfError
+from surf.tasks import files
 from surf.tasks.files import Row, short
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -98,7 +99,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row, bytes]]:
     try:
         file = pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise SurfError(f"cannot be read ({str(error).splitlines()[0]})", where=str(path), expected="a Parquet file") from None
+        raise SurfError(f"cannot be read ({files.reason(error)})", where=str(path), expected="a Parquet file") from None
     column = next((key for key in _IMAGE_COLUMNS if key in file.schema_arrow.names), None)
     if column is None:
         found = f"has columns {file.schema_arrow.names}"
@@ -127,12 +128,12 @@ def _tsv(path: Path) -> Iterator[tuple[str, Row, bytes]]:
             header = file.readline().rstrip("\r\n").split("\t")
         table = csv.read_csv(
             path,
-            read_options=csv.ReadOptions(block_size=1 << 30, use_threads=False),
+            read_options=csv.ReadOptions(block_size=max(path.stat().st_size, 1 << 20), use_threads=False),
             parse_options=csv.ParseOptions(delimiter="\t", newlines_in_values=True),
             convert_options=csv.ConvertOptions(column_types={key: pa.string() for key in header}, strings_can_be_null=False),
         )
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise SurfError(f"cannot be read ({str(error).splitlines()[0]})", where=str(path), expected="a TSV file") from None
+        raise SurfError(f"cannot be read ({files.reason(error)})", where=str(path), expected="a TSV file") from None
     if not {"index", "image"} <= set(header):
         raise SurfError(f"has columns {header}", where=str(path), expected="columns index and image")
     content = table.to_pylist()

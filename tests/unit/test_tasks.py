@@ -482,7 +482,8 @@ def test_a_class_must_be_named_alone(response, label, expected):
     assert score("classify", response, label, choices=list(CIFAR10)) == expected
 
 
-CAPTION = st.lists(
+NOUNS = ["a", "man", "the", "dog", "rides", "red", "bike", "on", "street"]
+CAPTION = st.lists(st.sampled_from(NOUNS), min_size=1, max_size=9).map(" ".join)
     st.sampled_from(["a", "man", "the", "dog", "rides", "red", "bike", "on", "street"]), min_size=1, max_size=9
 ).map(" ".join)
 
@@ -501,9 +502,9 @@ GOLD = [
     ["a dog sleeps on a sofa", "a brown dog lying on the couch"],
     ["two cats look out of the window", "a pair of cats at a window", "cats sit by a window"],
 ]
-SAID = ["a man riding a bike on the street", "a dog sleeps on a sofa", "a bird"]
-CIDER_D, BLEU_4, ROUGE_L = 2.350851391334, 0.435027591273, 0.654563557916
-CIDER_D_EACH = [1.663658030677, 5.388896143326, 0.000000000000]
+SAID = ["a man riding a bike on the bike on the street", "a dog sleeps on a sofa", "a bird"]
+CIDER_D, BLEU_4, ROUGE_L = 2.126382517462, 0.416839382630, 0.625411918415
+CIDER_D_EACH = [0.990251409059, 5.388896143326, 0.000000000000]
 
 
 def test_caption_metrics_equal_the_evaluation_server_s():
