@@ -1,10 +1,14 @@
 # Functions that single rules need: checks before the first job, resources and inputs that follow from the config.
-from surf import summary
+import json
+
+from surf import references, summary
+from surf.tasks import KINDS
 
 
 def check_sources():
     """Before the first job: name every file that the user still has to bring."""
-    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.pope.questions.values(), *cfg.images.roots]
+    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.images.roots]
+    paths += [path for task in cfg.evaluate.tasks.values() for path in task.files.values()]
     missing = [path for path in paths if not Path(path).exists()]
     if missing and not cfg.demo:
         lines = "\n  ".join(missing)
@@ -19,11 +23,19 @@ def check_leftovers():
         raise WorkflowError(left)
 
 
-def training_resources():
-    """Resources of `finetune`, on each node. Over several nodes the command brings its own srun: `mpi`."""
-    count, nodes = cfg.finetune.processes, cfg.finetune.nodes
+def training_resources(processes):
+    """Resources of a fine-tune, on each node; `processes` is a number, or a function of the wildcards. Over several nodes the
+    command brings its own srun: `mpi`."""
+    nodes = cfg.finetune.nodes
     several = {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0} if nodes > 1 else {}
-    return {"gpu": count, "gres": f"gpu:{count}", **several}
+    if callable(processes):
+        return {"gpu": processes, "gres": lambda wildcards: f"gpu:{processes(wildcards)}", **several}
+    return {"gpu": processes, "gres": f"gpu:{processes}", **several}
+
+
+def variant_processes(wildcards):
+    """Processes of a variant's fine-tune, on each node."""
+    return variant(wildcards)[1].processes
 
 
 def torchrun():
@@ -39,34 +51,49 @@ def torchrun():
     )
 
 
-def pope_model(wildcards):
-    """Input of a POPE job: the tuned model, where its method uses it."""
-    return f"{RESULTS}/model/model.json" if cfg.pope.methods[wildcards.method].model == "tuned" else []
+def variant(wildcards):
+    """Sections `pair` and `finetune` of a variant."""
+    return cfg.variant(wildcards.variant)
 
 
-def pope_neighbors(wildcards):
-    """Input of a POPE job: neighbours and catalog, where its method uses references."""
-    if not cfg.pope.methods[wildcards.method].references:
-        return []
-    return [f"{RESULTS}/pope/neighbors/{wildcards.split}.parquet", manifest("catalog")]
+def task_files(wildcards):
+    """Input of `evaluate_questions`."""
+    return source(cfg.evaluate.tasks[wildcards.task].files.values())
 
 
-def pope_method(wildcards):
-    """Flags of a POPE job that follow from its method."""
-    method = cfg.pope.methods[wildcards.method]
-    words = ["--references", str(method.references)]
-    for flag, path in zip(["--neighbors", "--catalog"], pope_neighbors(wildcards)):
-        words += [flag, path]
-    if method.model == "tuned":
-        words += ["--model", f"{RESULTS}/model"]
+def task_suffix(wildcards):
+    """What is appended to the questions of a task."""
+    task = cfg.evaluate.tasks[wildcards.task]
+    return KINDS[task.kind].suffix if task.suffix is None else task.suffix
+
+
+def candidate_flags(wildcards):
+    """Flags of `evaluate_candidates`: captions are scored by CLIP, everything else by the language model."""
+    return cli.flags(embed=cfg.embed) if wildcards.by == "caption" else cli.flags(lvlm=cfg.lvlm)
+
+
+def method_inputs(wildcards):
+    """Files that a method needs beside the questions, by name."""
+    method, folder = METHODS[wildcards.method], f"{RESULTS}/evaluate/{wildcards.task}"
+    found = {"neighbors": f"{folder}/neighbors.parquet"} if wildcards.method in RETRIEVING else {}
+    if method.references:
+        found["catalog"] = manifest("catalog")
+    if scores := references.needs(method):
+        found["candidates"] = [f"{folder}/candidates/{by}.parquet" for by in scores]
+    if method.model != "base":
+        found["model"] = f"{RESULTS}/{'' if method.model == 'tuned' else f'variants/{method.model}/'}model/model.json"
+    return found
+
+
+def method_flags(wildcards):
+    """The same as flags."""
+    words = []
+    for name, paths in method_inputs(wildcards).items():
+        value = paths if isinstance(paths, str) else " ".join(paths)
+        words.append(f"--{name} {value.removesuffix('/model.json')}")
     return " ".join(words)
 
 
-def pope_file(wildcards):
-    """Input of `pope_questions`."""
-    return source([pope_path(wildcards)])
-
-
-def pope_path(wildcards):
-    """The question file of a split, whether it is there or not."""
-    return cfg.pope.questions[wildcards.split]
+def method_answers(tasks):
+    """Answers of all methods to some tasks."""
+    return expand(f"{RESULTS}/evaluate/{{task}}/answers/{{method}}.parquet", task=tasks, method=METHODS)

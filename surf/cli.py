@@ -90,6 +90,24 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def dispatch(
+    commands: dict[str, Callable[[Sequence[str]], None]], argv: Sequence[str] | None, *, prog: str, about: str
+) -> None:
+    """Run the command that the first word names.
+
+    Raises:
+        SurfError: there is none, or no such one.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(about)
+        return
+    if not words or words[0] not in commands:
+        found = f"there is no {words[0]!r}" if words else "what to do is missing"
+        raise SurfError(found, where=f"python -m surf.{prog}", expected=f"one of {', '.join(commands)}")
+    commands[words[0]](words[1:])
+
+
 def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:
     """`items` in slices of `size`, with a progress bar that shows rate and ETA.
 

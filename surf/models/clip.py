@@ -62,6 +62,22 @@ class Clip:
                 vectors[[start + row for row in good]] = features.cpu().numpy()
         return vectors, errors
 
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), dim], L2-normalised. CLIP reads as many tokens of a text as fit into its context (77)."""
+        import open_clip
+        import torch
+
+        tokenize = open_clip.get_tokenizer(self.options.model)
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        size = self.options.batch_size
+        with torch.inference_mode():
+            for start in range(0, len(texts), size):
+                batch = list(texts[start : start + size])
+                tokens = tokenize(batch + [""] * (size - len(batch))).to(self.device)  # one shape for all, as for images
+                features = torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
+                vectors[start : start + len(batch)] = features[: len(batch)].cpu().numpy()
+        return vectors
+
     def _batches(self, names: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
         """(first row, decoded images or their errors), the next batch being decoded meanwhile."""
         size = self.options.batch_size

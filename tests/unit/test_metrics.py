@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surf import metrics
+from surf import intervals, metrics
 
 # What one answer does under each rule: (correct, tp, fp, fn) for a yes question, then for a no question.
 YES = ((1, 1, 0, 0), (0, 0, 1, 0))
@@ -155,7 +155,7 @@ def test_bootstrap_does_not_depend_on_row_order_but_on_the_seed():
 
 
 def test_bootstrap_in_blocks_draws_every_resample_anew(monkeypatch):
-    monkeypatch.setattr(metrics, "_BLOCK", 60 * 10)  # ten resamples a block
+    monkeypatch.setattr(intervals, "BLOCK", 60 * 10)  # ten resamples a block
     drawn = metrics.bootstrap([sample()], 35)
     assert drawn.shape == (35, 6)
     assert len(np.unique(drawn[:, 0])) > 15
