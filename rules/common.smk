@@ -1,6 +1,5 @@
 # What all rules share: the checked config, names of files, flags of stages. What single rules need stands in jobs.smk.
 
-import re
 import sys
 from pathlib import Path
 
@@ -51,7 +50,7 @@ wildcard_constraints:
     part=r"part-\d{5}-of-\d{5}",
     dataset=r"embeddings|rounds|answers|neighbors|reanswers|scores/answers|scores/reanswers",
     task="|".join(TASKS),
-    method="|".join(map(re.escape, METHODS)),
+    model="|".join(["base", "tuned", *cfg.variants]),
     variant="|".join(cfg.variants) or "none",
     by="caption|relevance|gold",
 

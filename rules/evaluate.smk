@@ -4,7 +4,7 @@
 # 1. evaluate_questions   read a task's question files
 # 2. evaluate_retrieve    candidates: similar corpus images of the questions' images
 # 3. evaluate_candidates  further scores of the candidates, where a method needs them
-# 4. evaluate_answer      one method on one task
+# 4. evaluate_answer      all methods of one model on one task, a file for each method
 
 
 rule evaluate_questions:
@@ -61,25 +61,26 @@ rule evaluate_candidates:
         " >> {log} 2>&1"
 
 
+# Only the manifest is declared: the methods' files survive a rerun, and those that are still right are not made again.
 rule evaluate_answer:
     input:
-        unpack(method_inputs),
+        unpack(answer_inputs),
         questions=f"{RESULTS}/evaluate/{{task}}/questions.parquet",
     output:
-        f"{RESULTS}/evaluate/{{task}}/answers/{{method}}.parquet",
+        f"{RESULTS}/evaluate/{{task}}/answers/{{model}}/_manifest.json",
     log:
-        f"{RESULTS}/logs/evaluate/{{task}}/{{method}}.log",
+        f"{RESULTS}/logs/evaluate/{{task}}/answers/{{model}}.log",
     resources:
         gpu=1,
     params:
         flags=flags("evaluate"),
         version=version("evaluate"),
         seed=cfg.seed,
-        how=lambda wildcards: METHODS[wildcards.method].model_dump_json(exclude_defaults=True),
-        inputs=method_flags,
+        methods=answer_methods,
+        inputs=answer_flags,
         suffix=task_suffix,
         max_new_tokens=lambda wildcards: cfg.evaluate.tasks[wildcards.task].max_new_tokens,
     shell:
-        "python -m surf.evaluate answer --method {wildcards.method} --how {params.how:q} --questions {input.questions}"
+        "python -m surf.evaluate answer --questions {input.questions} --methods {params.methods:q}"
         " {params.inputs} --out {output} --suffix {params.suffix:q} --max-new-tokens {params.max_new_tokens}"
         f" --seed {{params.seed}} {{params.flags}}{knobs('evaluate')} >> {{log}} 2>&1"

@@ -8,7 +8,7 @@
 
 rule pope:
     input:
-        method_answers(POPE),
+        all_answers(POPE),
     output:
         metrics=f"{RESULTS}/pope/metrics.parquet",
         table=report(f"{RESULTS}/pope/metrics.md", caption="report/pope_table.rst", category="POPE"),
@@ -19,14 +19,15 @@ rule pope:
         version=version("evaluate"),
         resamples=cfg.evaluate.resamples,
         seed=cfg.seed,
+        methods=list(METHODS),
     shell:
-        "python -m surf.pope table --answers {input} --out {output.metrics} --markdown {output.table}"
+        "python -m surf.pope table --answers {input} --methods {params.methods} --out {output.metrics} --markdown {output.table}"
         " --figure {output.figure} --resamples {params.resamples} --seed {params.seed} >> {log} 2>&1"
 
 
 rule evidence:
     input:
-        answers=method_answers(TASKS),
+        answers=all_answers(TASKS),
         catalog=manifest("catalog"),
     output:
         scores=f"{RESULTS}/evidence/scores.parquet",
@@ -42,9 +43,10 @@ rule evidence:
         resamples=cfg.evaluate.resamples,
         examples=cfg.evaluate.examples,
         seed=cfg.seed,
+        methods=list(METHODS),
     shell:
         "python -m surf.evidence --answers {input.answers} --catalog {input.catalog} --out $(dirname {output.page})"
-        f" --resamples {{params.resamples}} --examples {{params.examples}} --seed {{params.seed}}{knobs('evidence')} >> {{log}} 2>&1"
+        f" --methods {{params.methods}} --resamples {{params.resamples}} --examples {{params.examples}} --seed {{params.seed}}{knobs('evidence')} >> {{log}} 2>&1"
 
 
 rule report:
@@ -57,7 +59,7 @@ rule report:
         catalog=manifest("catalog"),
         pairs=f"{RESULTS}/pairs.parquet",
         metrics=f"{RESULTS}/pope/metrics.parquet" if POPE else [],
-        pope_answers=method_answers(POPE),
+        pope_answers=all_answers(POPE),
         model=f"{RESULTS}/model/model.json",
         quarantine=[
             f"{RESULTS}/quarantine/catalog.parquet",

@@ -72,28 +72,41 @@ def candidate_flags(wildcards):
     return cli.flags(embed=cfg.embed) if wildcards.by == "caption" else cli.flags(lvlm=cfg.lvlm)
 
 
-def method_inputs(wildcards):
-    """Files that a method needs beside the questions, by name."""
-    method, folder = METHODS[wildcards.method], f"{RESULTS}/evaluate/{wildcards.task}"
-    found = {"neighbors": f"{folder}/neighbors.parquet"} if wildcards.method in RETRIEVING else {}
-    if method.references:
+def methods_of(wildcards):
+    """The methods that one model answers by."""
+    return {name: method for name, method in METHODS.items() if method.model == wildcards.model}
+
+
+def answer_methods(wildcards):
+    """The same as JSON, for the command."""
+    return json.dumps({name: method.model_dump(exclude_defaults=True) for name, method in methods_of(wildcards).items()})
+
+
+def answer_inputs(wildcards):
+    """Files that the methods of a model need beside the questions, by flag."""
+    methods, folder = methods_of(wildcards).values(), f"{RESULTS}/evaluate/{wildcards.task}"
+    found = {}
+    if any(method.references and method.source != "random" for method in methods):
+        found["neighbors"] = f"{folder}/neighbors.parquet"
+    if any(method.references for method in methods):
         found["catalog"] = manifest("catalog")
-    if scores := references.needs(method):
+    if scores := dict.fromkeys(by for method in methods for by in references.needs(method)):
         found["candidates"] = [f"{folder}/candidates/{by}.parquet" for by in scores]
-    if method.model != "base":
-        found["model"] = f"{RESULTS}/{'' if method.model == 'tuned' else f'variants/{method.model}/'}model/model.json"
+    if wildcards.model != "base":
+        found["model"] = f"{RESULTS}/{'' if wildcards.model == 'tuned' else f'variants/{wildcards.model}/'}model/model.json"
     return found
 
 
-def method_flags(wildcards):
+def answer_flags(wildcards):
     """The same as flags."""
     words = []
-    for name, paths in method_inputs(wildcards).items():
+    for name, paths in answer_inputs(wildcards).items():
         value = paths if isinstance(paths, str) else " ".join(paths)
         words.append(f"--{name} {value.removesuffix('/model.json')}")
     return " ".join(words)
 
 
-def method_answers(tasks):
-    """Answers of all methods to some tasks."""
-    return expand(f"{RESULTS}/evaluate/{{task}}/answers/{{method}}.parquet", task=tasks, method=METHODS)
+def all_answers(tasks):
+    """Answers of all methods to some tasks: the manifests."""
+    models = dict.fromkeys(method.model for method in METHODS.values())
+    return expand(f"{RESULTS}/evaluate/{{task}}/answers/{{model}}/_manifest.json", task=tasks, model=models)

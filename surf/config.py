@@ -183,6 +183,11 @@ class Pair(Section):
     order: Literal["shuffled", "positive_first"] = Field(
         default="shuffled", description="positive_first is the original's fixed order: it teaches to trust number one."
     )
+    rounds: Literal["any", "both"] = Field(
+        default="any",
+        description="Rounds that samples of other kinds come from. both: only those with a positive and a negative, so that all"
+        " mixes are made of the same questions.",
+    )
     mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
 
 

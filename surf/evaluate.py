@@ -1,9 +1,11 @@
-"""Answer the questions of an evaluation task with one method.
+"""Answer the questions of an evaluation task, with all methods that share a model.
 
     python -m surf.evaluate questions --task pope --kind pope --files '{"random": "coco_pope_random.json"}' --out QUESTIONS
-    python -m surf.evaluate answer --questions QUESTIONS --method surf --how '{"model": "tuned", "references": 2}' \\
-        --neighbors PART --catalog MANIFEST --candidates FILE… --model results/model --suffix … --out ANSWERS FLAGS
+    python -m surf.evaluate answer --questions QUESTIONS --methods '{"surf": {"model": "tuned", "references": 2}}' \\
+        --neighbors PART --catalog MANIFEST --candidates FILE… --model results/model --suffix … --out MANIFEST FLAGS
 
+A model is loaded once, and a prompt that several methods make is asked once. Beside the manifest lies one file a method,
+METHOD.parquet; it knows what it was made from and is kept as long as that is so: a new method costs its own answers only.
 What the answers are worth is the business of `evidence` and `pope`: they read finished answer files, so that another way of
 scoring asks no model again.
 """
@@ -74,6 +76,32 @@ def _digest(path: Path) -> str:
 # --- answer -----------------------------------------------------------------------------------------------------------
 
 
+class Once:
+    """A `Responder` that asks no prompt twice: splits share questions, methods share prompts."""
+
+    def __init__(self, responder: Responder) -> None:
+        self.responder = responder
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
+        """See `surf.models.Responder`. Greedy only: a drawn answer belongs to its row."""
+        keys = [(max_new_tokens, stable_hash(request.prompt)) for request in requests]
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
+        if new:
+            texts = self.responder.respond(list(new.values()), max_new_tokens=max_new_tokens, temperature=0.0)
+            self.known.update(zip(new, texts, strict=True))
+        return [self.known[key] for key in keys]
+
+    def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
+        """See `surf.models.Responder`."""
+        keys = [("loglik", stable_hash(request.prompt), gold) for request, gold in zip(requests, golds, strict=True)]
+        new = {key: one for key, one in zip(keys, zip(requests, golds, strict=True), strict=True) if key not in self.known}
+        if new:
+            values = self.responder.loglik([request for request, _ in new.values()], [gold for _, gold in new.values()])
+            self.known.update(zip(new, values, strict=True))
+        return [self.known[key] for key in keys]
+
+
 def answer(
     questions: Sequence[Row],
     shown: Shown,
@@ -84,12 +112,8 @@ def answer(
     lvlm: config.Lvlm,
     suffix: str = "",
     max_new_tokens: int = 16,
-    seed: int = 0,
 ) -> pa.Table:
-    """Greedy answers to all questions.
-
-    A question that several splits ask about one image with the same references is asked once. Questions on one image are
-    handed to the model together.
+    """Greedy answers to all questions. Those on one image are handed to the model together.
 
     Args:
         questions: rows of `evaluate/questions`.
@@ -100,44 +124,28 @@ def answer(
         table with the columns of `evaluate/answers`, in the order of `questions`.
     """
     done = {row["question_id"]: row for row in store.rows(partial.read())}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in questions:
-        if row["question_id"] not in done:
-            ids = tuple(image_id for image_id, _ in shown.get(row["question_id"], ()))
-            groups.setdefault((row["image"], row["question"], ids), []).append(row)
-    together = sorted(groups.values(), key=lambda same: same[0]["image"])
+    todo = sorted((row for row in questions if row["question_id"] not in done), key=lambda row: row["image"])
 
-    def ask(rows: Sequence[Row], used: Sequence[Sequence[tuple[int, prompts.Reference]]]) -> tuple[list[Request], list[str]]:
-        requests = [
-            Request(
-                prompts.from_options(row["question"] + suffix, row["image"], [ref for _, ref in pairs], lvlm, method.show),
-                stable_hash(seed, row["question_id"]),
-            )
-            for row, pairs in zip(rows, used, strict=True)
+    def requests(rows: Sequence[Row], bare: bool = False) -> list[Request]:
+        pairs = [() if bare else shown.get(row["question_id"], ()) for row in rows]
+        return [
+            Request(prompts.from_options(row["question"] + suffix, row["image"], [ref for _, ref in of], lvlm, method.show))
+            for row, of in zip(rows, pairs, strict=True)
         ]
-        return requests, responder.respond(requests, max_new_tokens=max_new_tokens, temperature=0.0) if rows else []
 
-    for chunk in cli.chunks(together, FLUSH_ROWS, desc="evaluate", unit="question"):
-        first = [same[0] for same in chunk]
-        used = [list(shown.get(row["question_id"], ())) for row in first]
-        confidence: list[float | None] = [None] * len(first)
-        if method.gate is None:
-            texts = ask(first, used)[1]
-        else:
-            requests, texts = ask(first, [[] for _ in first])
-            logliks = responder.loglik(requests, texts)
-            confidence = [math.exp(value) if text else 0.0 for value, text in zip(logliks, texts, strict=True)]
-            unsure = [i for i, value in enumerate(confidence) if value is not None and value < method.gate and used[i]]
-            again = ask([first[i] for i in unsure], [used[i] for i in unsure])[1]
-            texts = list(texts)
-            for i, text in zip(unsure, again, strict=True):
-                texts[i] = text
-            used = [pairs if i in set(unsure) else [] for i, pairs in enumerate(used)]
-        fresh = [
-            {**row, "response": text, "references": [image_id for image_id, _ in pairs], "confidence": sure}
-            for same, text, pairs, sure in zip(chunk, texts, used, confidence, strict=True)
-            for row in same
-        ]
+    for chunk in cli.chunks(todo, FLUSH_ROWS, desc="evaluate", unit="question"):
+        fresh = [{**row, "references": [image_id for image_id, _ in shown.get(row["question_id"], ())]} for row in chunk]
+        unsure = fresh
+        if method.gate is not None:
+            bare = requests(fresh, bare=True)
+            texts = responder.respond(bare, max_new_tokens=max_new_tokens)
+            for row, text, value in zip(fresh, texts, responder.loglik(bare, texts), strict=True):
+                row.update(response=text, confidence=math.exp(value) if text else 0.0)
+            unsure = [row for row in fresh if row["confidence"] < method.gate]
+            for row in fresh:
+                row["references"] = row["references"] if row["confidence"] < method.gate else []
+        for row, text in zip(unsure, responder.respond(requests(unsure), max_new_tokens=max_new_tokens), strict=True):
+            row["response"] = text
         partial.save(store.table_of(fresh, "evaluate/answers"))
         done.update((row["question_id"], row) for row in fresh)
     return store.table_of([done[row["question_id"]] for row in questions], "evaluate/answers")
@@ -164,14 +172,13 @@ def _answer(words: Sequence[str]) -> None:
     args = cli.parse(
         words,
         prog="evaluate answer",
-        about="Answer the questions of one task with one method.",
+        about="Answer the questions of one task with the methods of one model; answers that are there already are kept.",
         sections=["lvlm", "images"],
         paths=["questions", "out"],
         extras={
-            "method": {"required": True, "help": "name of the method, kept in the file"},
-            "how": {"required": True, "type": _method, "help": "the method as JSON: the keys of evaluate.methods.NAME"},
+            "methods": {"required": True, "type": _methods, "help": "JSON: {name: keys of evaluate.methods.NAME}"},
             "neighbors": {"type": Path, "help": "neighbours of the questions' images; needed with retrieved references"},
-            "candidates": {"type": Path, "nargs": "*", "default": [], "help": "scores of the candidates, as the method needs"},
+            "candidates": {"type": Path, "nargs": "*", "default": [], "help": "scores of the candidates, as methods need"},
             "catalog": {"type": Path, "help": "manifest of the catalog; needed with references"},
             "model": {"type": Path, "help": "folder of a tuned model; without it lvlm.model answers"},
             "suffix": {"default": "", "help": "appended to every question"},
@@ -185,52 +192,62 @@ def _answer(words: Sequence[str]) -> None:
     rows = store.rows(table)
     images = Images(args.images.roots, args.images.max_pixels, cached=1024)
     files = references.Files(args.neighbors, args.catalog, {path.stem: path for path in args.candidates})
-    shown = references.shown(rows, args.how, files, images, args.seed)
-    pictures = [ref.image for pairs in shown.values() for _, ref in pairs if args.how.show != "caption"]
-    check_images(images, [row["image"] for row in rows], pictures)
-
-    from surf.models import lvlm
-
-    responder = lvlm.load(args.lvlm, images, str(args.model) if args.model else None)
-    clock.loaded()
     flags = f"--suffix {args.suffix!r} --max-new-tokens {args.max_new_tokens} {cli.flags(lvlm=args.lvlm)}"
-    how = args.how.model_dump_json()
     card = args.model / "model.json" if args.model else None
-    partial = store.Partial(
-        args.out,
-        "evaluate/answers",
-        flags=flags,
-        how=how,
-        version=config.Evaluate.version,
-        seed=args.seed,
-        questions=store.digest(table),
-        references={key: [image_id for image_id, _ in pairs] for key, pairs in shown.items()},
-        catalog=store.read_json(args.catalog) if shown else None,
+    same = {  # what all methods' answers depend on
+        "flags": flags,
+        "version": config.Evaluate.version,
+        "questions": store.digest(table),
+        "catalog": store.read_json(args.catalog) if args.catalog else None,
         # no folder name says which weights lie in it
-        model=[card.read_text(), card.stat().st_mtime_ns] if card and card.exists() else str(args.model),
-    )
-    result = answer(
-        rows,
-        shown,
-        responder,
-        partial,
-        method=args.how,
-        lvlm=args.lvlm,
-        suffix=args.suffix,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
-    meta = {"stage": "evaluate answer", "version": config.Evaluate.version, "task": about["task"], "kind": about["kind"]}
-    store.write_table(args.out, result, "evaluate/answers", {**meta, "method": args.method, "how": how, "flags": flags})
-    clock.note(args.out, len(rows))
-    partial.clear()
+        "model": [card.read_text(), card.stat().st_mtime_ns] if card and card.exists() else str(args.model),
+    }
+    jobs = {}
+    for name, method in args.methods.items():
+        shown = references.shown(rows, method, files, images, args.seed)
+        ids = {key: [image_id for image_id, _ in pairs] for key, pairs in shown.items()}
+        how = method.model_dump_json()
+        partial = store.Partial(args.out.parent / f"{name}.parquet", "evaluate/answers", **same, how=how, references=ids)
+        if not _answered(partial):
+            jobs[name] = (method, shown, partial)
+    log.info("%d of %d methods to answer by", len(jobs), len(args.methods))
+    if jobs:
+        both = [(method, pairs) for method, shown, _ in jobs.values() for pairs in shown.values()]
+        pictures = dict.fromkeys(ref.image for method, pairs in both if method.show != "caption" for _, ref in pairs)
+        check_images(images, [row["image"] for row in rows], list(pictures))
+
+        from surf.models import lvlm
+
+        responder = Once(lvlm.load(args.lvlm, images, str(args.model) if args.model else None))
+        clock.loaded()
+        options = {"lvlm": args.lvlm, "suffix": args.suffix, "max_new_tokens": args.max_new_tokens}
+        for name, (method, shown, partial) in jobs.items():
+            result = answer(rows, shown, responder, partial, method=method, **options)
+            meta = {"stage": "evaluate answer", "task": about["task"], "kind": about["kind"], "method": name, "flags": flags}
+            meta |= {"version": config.Evaluate.version, "how": method.model_dump_json(), "depends": partial.folder.name}
+            store.write_table(partial.out, result, "evaluate/answers", meta)
+            partial.clear()
+    parts = [_part(args.out.parent / f"{name}.parquet") for name in args.methods]
+    content = {"dataset": "evaluate/answers", "rows": sum(part["rows"] for part in parts), "parts": parts}
+    store.write_json(args.out, content)
+    clock.note(args.out.parent / f"{args.out.parent.name}.parquet", len(rows) * len(jobs))
 
 
-def _method(text: str) -> config.Method:
+def _answered(partial: store.Partial) -> bool:
+    """Are the answers there, made from just what they depend on now?"""
+    return partial.out.exists() and store.footer(partial.out)[1].get("depends") == partial.folder.name
+
+
+def _part(path: Path) -> Row:
+    metadata, meta = store.footer(path)
+    return {"file": path.name, "rows": metadata.num_rows, "digest": meta["digest"]}
+
+
+def _methods(text: str) -> dict[str, config.Method]:
     try:
-        return config.Method.model_validate_json(text)
+        return {name: config.Method.model_validate(keys) for name, keys in json.loads(text).items()}
     except ValidationError as error:
-        raise SurfError(f"how.{config.explain(error)}", where="command line") from None
+        raise SurfError(f"methods.{config.explain(error)}", where="command line") from None
 
 
 if __name__ == "__main__":

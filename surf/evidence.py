@@ -1,6 +1,6 @@
 """What all answers are worth: measures of every method on every task, their tables, plots, and a page with cases.
 
-    python -m surf.evidence --answers results/evaluate/*/answers/*.parquet --catalog results/catalog/_manifest.json \\
+    python -m surf.evidence --answers results/evaluate/*/answers/*/_manifest.json --catalog results/catalog/_manifest.json \\
         --out results/evidence --images.roots '["images"]'
 
 Reads finished answer files only. Writes scores.parquet (every question of every method), measures.parquet and measures.csv,
@@ -24,21 +24,25 @@ Row = dict[str, Any]
 Answers = dict[str, tuple[Method, list[Row]]]  # method: its definition and its answers
 
 
-def read(paths: Sequence[Path]) -> dict[str, tuple[str, Answers]]:
-    """Task: its kind, and the answers of every method, in the order of `paths`. The files know their task and method.
+def read(paths: Sequence[Path], methods: Sequence[str] = ()) -> dict[str, tuple[str, Answers]]:
+    """Task: its kind, and the answers of every method, in the order of `methods`. A file knows its task and method.
+
+    Args:
+        paths: files of answers, or the manifests that list them.
 
     Raises:
         SurfError: one method twice on one task.
     """
     tasks: dict[str, tuple[str, Answers]] = {}
-    for path in paths:
+    for path in store.files_of(paths, "evaluate/answers"):
         rows = store.rows(store.read_table(path, "evaluate/answers"))
         about = store.footer(path)[1]
         _, of = tasks.setdefault(about["task"], (about["kind"], {}))
         if about["method"] in of:
             raise SurfError(f"method {about['method']!r} has two files for task {about['task']!r}", where=str(path))
         of[about["method"]] = (Method.model_validate_json(about["how"]), rows)
-    return tasks
+    ordered = {task: dict.fromkeys([*methods, *of]) for task, (_, of) in tasks.items()}
+    return {task: (kind, {name: of[name] for name in ordered[task] if name in of}) for task, (kind, of) in tasks.items()}
 
 
 def leaks(questions: Sequence[Row], catalog: Path) -> np.ndarray:
@@ -74,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sections=["images"],
         paths=["catalog", "out"],
         extras={
-            "answers": {"type": Path, "nargs": "+", "required": True, "help": "answers of all methods to all tasks"},
+            "answers": {"type": Path, "nargs": "+", "required": True, "help": "answers to all tasks, or their manifests"},
+            "methods": {"nargs": "*", "default": [], "help": "order of the methods in the tables"},
             "resamples": {"type": int, "default": 2000, "help": "of the bootstrap"},
             "examples": {"type": int, "default": 8, "help": "rescued and harmed questions shown, of each kind"},
             "seed": {"type": int, "default": 0, "help": "of the bootstrap"},
@@ -83,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured: list[Row] = []
     scores: list[Row] = []
     tasks: dict[str, tuple[list[Row], list[Run]]] = {}
-    found: Mapping[str, tuple[str, Answers]] = read(args.answers)
+    found: Mapping[str, tuple[str, Answers]] = read(args.answers, args.methods)
     for task, (kind, answers) in found.items():
         questions, runs = measures.runs_of(kind, answers, task)
         leaked = leaks(questions, args.catalog)

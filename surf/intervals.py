@@ -92,5 +92,8 @@ def mcnemar(rescued: int, harmed: int) -> float:
     changed = rescued + harmed
     if changed == 0:
         return 1.0
-    tail = sum(math.comb(changed, fewer) for fewer in range(min(rescued, harmed) + 1))
-    return min(1.0, 2 * tail / 2**changed)  # whole numbers of any size: nothing underflows
+    ways = tail = 1  # whole numbers of any size: nothing underflows
+    for fewer in range(min(rescued, harmed)):
+        ways = ways * (changed - fewer) // (fewer + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**changed)

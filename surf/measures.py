@@ -4,7 +4,8 @@
     score       mean score of the questions                                                  –
     rescue      share of the questions that `against` gets wrong and the method right        zero-shot
     harm        share of the questions that `against` gets right and the method wrong        zero-shot
-    difference  mean score minus that of `against`, paired; p by McNemar's test              zero-shot, vanilla, sweep's base
+    difference  mean score minus that of `against`, paired; p by McNemar's exact test, in    zero-shot, vanilla, sweep's base
+                which a question that several splits ask counts once
     changed     share of all questions of which one of the two is right and the other wrong  a sweep's base
     references  mean number of references in the prompt                                      –
     others      the task's own numbers of the whole (`Task.metrics`)                         –
@@ -143,7 +144,7 @@ def measure(
         place = {"task": task, "split": split, "subset": subset, "questions": int(rows.sum())}
         # on balanced questions a prior that leaves its own image out would always guess wrong
         shown = [run for run in runs if run.how or subset != "balanced"]
-        made += [{**place, **one} for one in _paired(shown, rows, [row["image"] for row in questions], resamples, seed)]
+        made += [{**place, **one} for one in _paired(shown, rows, questions, resamples, seed)]
         asked = [row for row, of in zip(questions, rows, strict=True) if of]
         chance = KINDS[kind].chance(asked)  # type: ignore[arg-type]
         if chance is not None:
@@ -153,8 +154,11 @@ def measure(
     return made
 
 
-def _paired(runs: Sequence[Run], rows: np.ndarray, images: Sequence[str], resamples: int, seed: int) -> list[Row]:
+def _paired(runs: Sequence[Run], rows: np.ndarray, questions: Sequence[Row], resamples: int, seed: int) -> list[Row]:
     """Measures that are ratios of sums over questions, of all runs at once: they share the draws."""
+    images = [row["image"] for row, of in zip(questions, rows, strict=True) if of]
+    places = {(row["image"], row["question"]): i for i, (row, of) in enumerate(zip(questions, rows, strict=True)) if of}
+    unique = np.array(sorted(places.values()))
     columns: list[tuple[Row, np.ndarray, np.ndarray]] = []
     one = np.ones(len(rows))
     zero, vanilla = baselines(runs)
@@ -172,11 +176,11 @@ def _paired(runs: Sequence[Run], rows: np.ndarray, images: Sequence[str], resamp
         if base is not None:
             columns.append(({**name, "against": base.method, "measure": "changed"}, (run.right != base.right) * 1.0, one))
         for other in {id(o): o for o in (zero, vanilla, base) if o is not None and o is not run}.values():
-            p = intervals.mcnemar(int((run.right & ~other.right)[rows].sum()), int((~run.right & other.right)[rows].sum()))
+            p = intervals.mcnemar(*(int((a.right & ~b.right)[unique].sum()) for a, b in ((run, other), (other, run))))
             columns.append(({**name, "against": other.method, "measure": "difference", "p": p}, run.scores - other.scores, one))
     tops = np.stack([top[rows] for _, top, _ in columns], axis=1)
     bottoms = np.stack([bottom[rows] for _, _, bottom in columns], axis=1)
-    found = intervals.ratios(tops, bottoms, [image for image, of in zip(images, rows, strict=True) if of], resamples, seed)
+    found = intervals.ratios(tops, bottoms, images, resamples, seed)
     rated = zip(columns, found, strict=True)
     return [{**about, **estimate._asdict()} for (about, _, _), estimate in rated if np.isfinite(estimate.value)]
 

@@ -27,14 +27,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, dict[str, list[Row]]]:
-    """Method, split: rows of `evaluate/answers`, each with its `label`. The file knows its method and task.
+    """Method, split: rows of `evaluate/answers`, each with its `label`. A file knows its method and task.
+
+    Args:
+        paths: files of answers, or the manifests that list them.
 
     Splits of several POPE tasks (other images, other questions) are told apart by the task's name.
 
     Raises:
         SurfError: one method twice on one task; answers to questions of another kind.
     """
-    files = [(path, store.footer(path)[1]) for path in paths]
+    files = [(path, store.footer(path)[1]) for path in store.files_of(paths, "evaluate/answers")]
     several = len({meta.get("task") for _, meta in files}) > 1
     runs: dict[str, dict[str, list[Row]]] = {}
     for path, meta in files:
@@ -59,12 +62,14 @@ def _table(words: Sequence[str]) -> None:
         about="Compare the methods: metrics, Markdown table, figure.",
         paths=["out", "markdown", "figure"],
         extras={
-            "answers": {"type": Path, "nargs": "+", "required": True, "help": "answers of all methods"},
+            "answers": {"type": Path, "nargs": "+", "required": True, "help": "answers, or their manifests"},
+            "methods": {"nargs": "*", "default": [], "help": "order of the methods in the tables"},
             "resamples": {"type": int, "default": 2000, "help": "of the bootstrap"},
             "seed": {"type": int, "default": 0, "help": "of the bootstrap"},
         },
     )
-    runs = read_runs(args.answers)
+    found = read_runs(args.answers)
+    runs = {name: found[name] for name in dict.fromkeys([*args.methods, *found]) if name in found}
     rows = popetable.measure(runs, args.resamples, args.seed)
     text = popetable.markdown(rows, popetable.differences(runs, args.resamples, args.seed))
     store.write_text(args.markdown, text)

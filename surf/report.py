@@ -2,7 +2,7 @@
 
     python -m surf.report --rounds M --answers M --scores-answers M --reanswers M --scores-reanswers M --catalog M \\
         --pairs results/pairs.parquet --metrics results/pope/metrics.parquet \\
-        --pope-answers results/evaluate/pope/answers/zero-shot.parquet results/evaluate/pope/answers/surf.parquet \\
+        --pope-answers results/evaluate/pope/answers/*/_manifest.json \\
         --model results/model/model.json --out results/report.html FLAGS        (M: the datasets' manifests)
 
 The page loads nothing from anywhere: images are data URIs, charts are SVG, there is no script. Captions and questions come
@@ -241,7 +241,7 @@ def main() -> None:
         paths=["rounds", "answers", "scores_answers", "reanswers", "scores_reanswers", "pairs", "out"],
         extras={
             "metrics": {**one, "nargs": "?", "help": "pope/metrics; shows the POPE scores"},
-            "pope_answers": {**many, "help": "files of evaluate/answers to POPE tasks"},
+            "pope_answers": {**many, "help": "evaluate/answers to POPE tasks, or their manifests"},
             "catalog": {**one, "help": "manifest; shows the references of POPE questions"},
             "model": {**one, "help": "model.json; shows the loss curve"},
             "quarantine": {**many, "help": "files of quarantine"},

@@ -73,11 +73,17 @@ def test_answers_keep_their_questions_and_references(tmp_path, question_file):
     assert responder.prompts[0].images == ("r7.png", "r3.png", rows[0]["image"])
 
 
-def test_a_question_of_several_splits_is_asked_once(tmp_path, question_file):
+def test_a_prompt_of_several_splits_and_methods_is_asked_once(tmp_path, question_file):
     rows = asked(question_file, "random", "popular")
     responder = FakeResponder()
-    found = answer(rows, {}, responder, partial_for(tmp_path))
+    once = evaluate.Once(responder)
+    found = answer(rows, {}, once, partial_for(tmp_path))
     assert len(responder.prompts) == 48 and len(found) == 96
+    shown = {rows[0]["question_id"]: REFERENCES}
+    again = answer(rows, shown, once, partial_for(tmp_path / "other"))
+    assert len(responder.prompts) == 49 and again[1:] == found[1:]
+    gated = answer(rows, shown, once, partial_for(tmp_path / "gate"), Method(model="base", references=2, gate=0.95))
+    assert len(responder.prompts) == 49 and gated[0]["response"] == again[0]["response"]
     assert [row["response"] for row in found[:48]] == [row["response"] for row in found[48:]]
     assert {row["split"] for row in found[48:]} == {"popular"}
 
@@ -218,16 +224,17 @@ def job(tmp_path, question_file, monkeypatch):
     store.write_table(tmp_path / "near.parquet", store.table_of(near[::-1], "neighbors"), "neighbors")
     responder = FakeResponder()
 
-    def run(how, *extra, near=True):
+    def run(how, *extra, near=True, **more):
         from surf.models import lvlm
 
         monkeypatch.setattr(lvlm, "load", lambda options, images, model=None: responder)
-        flags = f"--method rag --questions {tmp_path}/q.parquet --out {tmp_path}/rag.parquet --max-new-tokens 5"
+        flags = f"--questions {tmp_path}/q.parquet --out {tmp_path}/base/_manifest.json --max-new-tokens 5"
         if near:
             flags += f" --neighbors {tmp_path}/near.parquet --catalog {tmp_path}/catalog/_manifest.json"
         roots = f"--images.roots={json.dumps([str(tmp_path / 'images')])}"
-        evaluate.main(["answer", *flags.split(), "--how", json.dumps({"model": "base", **how}), roots, *extra])
-        return store.rows(store.read_table(tmp_path / "rag.parquet", "evaluate/answers"))
+        methods = {name: {"model": "base", **keys} for name, keys in {"rag": how, **more}.items()}
+        evaluate.main(["answer", *flags.split(), "--methods", json.dumps(methods), roots, *extra])
+        return store.rows(store.read_table(tmp_path / "base/rag.parquet", "evaluate/answers"))
 
     run.folder, run.responder, run.images = tmp_path, responder, images
     return run
@@ -239,10 +246,26 @@ def test_answer_command_line(job):
     first = job.responder.prompts[0]
     assert first.images[:2] == ("r2.png", "r1.png") and "thing 2" in first.text and first.text.endswith("\nOne word.")
     assert job.responder.settings == {(5, 0.0)}
-    meta = store.footer(job.folder / "rag.parquet")[1]
+    meta = store.footer(job.folder / "base/rag.parquet")[1]
     assert (meta["stage"], meta["method"], meta["task"], meta["kind"]) == ("evaluate answer", "rag", "pope", "pope")
     assert Method.model_validate_json(meta["how"]) == Method(model="base", references=2)
-    assert not (job.folder / "_partial").exists()
+    assert not (job.folder / "base/_partial").exists()
+
+
+def test_a_new_method_leaves_the_answers_of_others_alone(job):
+    job({"references": 2})
+    first, asked_before = (job.folder / "base/rag.parquet").stat().st_mtime_ns, len(job.responder.prompts)
+    job({"references": 2}, zero={})
+    assert (job.folder / "base/rag.parquet").stat().st_mtime_ns == first
+    assert len(job.responder.prompts) == asked_before + 48
+    parts = store.parts_of(job.folder / "base/_manifest.json", "evaluate/answers")
+    assert [path.name for path in parts] == ["rag.parquet", "zero.parquet"]
+    job({"references": 2}, zero={}, near=True)
+    assert len(job.responder.prompts) == asked_before + 48, "nothing to do, and no model is loaded"
+    job({"references": 1}, zero={})
+    assert len(job.responder.prompts) == asked_before + 96, "the changed one"
+    job({"references": 1}, "--suffix= Briefly.", zero={})
+    assert len(job.responder.prompts) == asked_before + 192, "both"
 
 
 def test_without_references_none_are_used(job):
@@ -328,7 +351,7 @@ def test_references_that_cannot_be_opened_stop_the_job(tmp_path):
         ({"references": 2}, False, "needs --catalog"),
         ({"references": 2, "rerank": "caption"}, True, r"needs --candidates …/caption\.parquet"),
         ({"references": 2, "keep": "judged"}, True, r"needs --candidates …/relevance\.parquet"),
-        ({"references": 2, "gate": 7}, True, "how.gate = 7"),
+        ({"references": 2, "gate": 7}, True, "methods.gate = 7"),
     ],
 )
 def test_what_a_method_lacks_is_named(job, how, near, message):
@@ -347,10 +370,10 @@ def test_a_real_model_answers_in_the_end(tmp_path, question_file, tiny_lvlm):
     Image.new("RGB", (40, 30), "red").save(tmp_path / rows[0]["image"])
     meta = {"task": "pope", "kind": "pope"}
     store.write_table(tmp_path / "q.parquet", store.table_of(rows, "evaluate/questions"), "evaluate/questions", meta)
-    flags = f"--method x --questions {tmp_path}/q.parquet --out {tmp_path}/out.parquet --model {tiny_lvlm}"
+    flags = f"--questions {tmp_path}/q.parquet --out {tmp_path}/_manifest.json --model {tiny_lvlm}"
     flags += " --lvlm.dtype=float32 --max-new-tokens=3"
-    how = json.dumps({"model": "tuned"})
-    evaluate.main(["answer", *flags.split(), "--how", how, f"--images.roots={json.dumps([str(tmp_path)])}"])
+    methods = json.dumps({"out": {"model": "tuned"}})
+    evaluate.main(["answer", *flags.split(), "--methods", methods, f"--images.roots={json.dumps([str(tmp_path)])}"])
     found = store.rows(store.read_table(tmp_path / "out.parquet", "evaluate/answers"))
     assert [row["question_id"] for row in found] == [row["question_id"] for row in rows]
     assert all(isinstance(row["response"], str) for row in found)

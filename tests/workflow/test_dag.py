@@ -29,7 +29,7 @@ def test_the_example_is_every_stage_over_its_shards(workflow):
         "evaluate_questions": 1,
         "evaluate_retrieve": 1,
         "evaluate_candidates": 1,
-        "evaluate_answer": 13,
+        "evaluate_answer": 5,
         "pope": 1,
         "evidence": 1,
         "report": 1,
