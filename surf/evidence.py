@@ -60,7 +60,12 @@ def scored(task: str, kind: str, questions: Sequence[Row], runs: Sequence[Run], 
     even = measures.balanced(kind, questions)
     return [
         {
-            **{"task": task, "method": run.method, "score": run.scores[i], "right": bool(run.right[i])},
+            **{
+                "task": task,
+                "method": run.method,
+                "score": run.scores[i],
+                "right": None if kind == "caption" else bool(run.right[i]),
+            },
             **{key: row[key] for key in ("question_id", "split", "image")},
             **{"leaked": bool(leaked[i]), "balanced": bool(even[i]), "references": int(run.references[i])},
         }
@@ -110,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in tasks:
         evidencetable.figure(measured, task, args.out / f"{task}.svg")
     images = Images(args.images.roots, args.images.max_pixels)
-    cases = {task: evidencepage.cases(*tasks[task], found[task][1], args.examples) for task in tasks}
+    counts = {task: 0 if kind == "caption" else args.examples for task, (kind, _) in found.items()}
+    cases = {task: evidencepage.cases(*tasks[task], found[task][1], counts[task]) for task in tasks}
     store.write_text(args.out / "index.html", evidencepage.page(measured, tasks, cases, args.catalog, images, args.out))
 
 

@@ -10,7 +10,8 @@
     references  mean number of references in the prompt                                      –
     others      the task's own numbers of the whole (`Task.metrics`)                         –
 
-A question is right if its score is at least 0.5. Two lines stand beside the methods: `image-blind` answers by what is mostly
+A question is right if its score is at least 0.5; captions are neither right nor wrong, and have no rescue, harm, changed or p.
+Two lines stand beside the methods: `image-blind` answers by what is mostly
 true of the same question on other images, `chance` guesses.
 """
 
@@ -144,7 +145,7 @@ def measure(
         place = {"task": task, "split": split, "subset": subset, "questions": int(rows.sum())}
         # on balanced questions a prior that leaves its own image out would always guess wrong
         shown = [run for run in runs if run.how or subset != "balanced"]
-        made += [{**place, **one} for one in _paired(shown, rows, questions, resamples, seed)]
+        made += [{**place, **one} for one in _paired(shown, rows, questions, kind != "caption", resamples, seed)]
         asked = [row for row, of in zip(questions, rows, strict=True) if of]
         chance = KINDS[kind].chance(asked)  # type: ignore[arg-type]
         if chance is not None:
@@ -154,8 +155,10 @@ def measure(
     return made
 
 
-def _paired(runs: Sequence[Run], rows: np.ndarray, questions: Sequence[Row], resamples: int, seed: int) -> list[Row]:
-    """Measures that are ratios of sums over questions, of all runs at once: they share the draws."""
+def _paired(
+    runs: Sequence[Run], rows: np.ndarray, questions: Sequence[Row], judged: bool, resamples: int, seed: int
+) -> list[Row]:
+    """Measures that are ratios of sums over questions, of all runs at once: they share the draws. `judged`: right or wrong."""
     images = [row["image"] for row, of in zip(questions, rows, strict=True) if of]
     places = {(row["image"], row["question"]): i for i, (row, of) in enumerate(zip(questions, rows, strict=True)) if of}
     unique = np.array(sorted(places.values()))
@@ -168,16 +171,22 @@ def _paired(runs: Sequence[Run], rows: np.ndarray, questions: Sequence[Row], res
         if run.how is None:
             continue
         columns.append(({**name, "measure": "references"}, run.references.astype(float), one))
-        if zero is not None and run is not zero:
+        if judged and zero is not None and run is not zero:
             against = {**name, "against": zero.method}
             columns.append(({**against, "measure": "rescue"}, (run.right & ~zero.right) * 1.0, ~zero.right * 1.0))
             columns.append(({**against, "measure": "harm"}, (~run.right & zero.right) * 1.0, zero.right * 1.0))
         base = next((other for other in runs if other.method == run.method.partition("@")[0] and other is not run), None)
-        if base is not None:
+        if judged and base is not None:
             columns.append(({**name, "against": base.method, "measure": "changed"}, (run.right != base.right) * 1.0, one))
         for other in {id(o): o for o in (zero, vanilla, base) if o is not None and o is not run}.values():
             p = intervals.mcnemar(*(int((a.right & ~b.right)[unique].sum()) for a, b in ((run, other), (other, run))))
-            columns.append(({**name, "against": other.method, "measure": "difference", "p": p}, run.scores - other.scores, one))
+            columns.append(
+                (
+                    {**name, "against": other.method, "measure": "difference", "p": p if judged else None},
+                    run.scores - other.scores,
+                    one,
+                )
+            )
     tops = np.stack([top[rows] for _, top, _ in columns], axis=1)
     bottoms = np.stack([bottom[rows] for _, _, bottom in columns], axis=1)
     found = intervals.ratios(tops, bottoms, images, resamples, seed)

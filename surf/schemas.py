@@ -107,7 +107,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("split", pa.string()),
             ("image", pa.string()),
             ("score", pa.float32()),  # in [0, 1]
-            ("right", pa.bool_()),  # score >= 0.5
+            ("right", pa.bool_()),  # score >= 0.5; null for captions
             ("leaked", pa.bool_()),  # the photograph is in the retrieval corpus too
             ("balanced", pa.bool_()),  # among the questions on which no prior helps
             ("references", pa.int32()),  # how many stood in the prompt
