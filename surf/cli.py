@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from surf.config import SECTIONS, Section, explain
+from surf.config import SECTIONS, explain
 from surf.errors import SurfError
+from surf.sections import Section
 
 log = logging.getLogger("surf")
 T = TypeVar("T")

@@ -10,7 +10,8 @@ from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
-from surf.config import SECTIONS, Config, Section, Variant
+from surf.config import SECTIONS, Config, Variant
+from surf.sections import Section
 
 HEAD = """# Config
 

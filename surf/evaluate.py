@@ -21,13 +21,13 @@ from typing import Any
 import pyarrow as pa
 from pydantic import ValidationError
 
-from surf import cli, config, prompts, references, store
+from surf import cli, config, methods, prompts, references, store
 from surf.answer import unreadable
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, Responder
+from surf.once import Once
 from surf.references import Shown
-from surf.shards import stable_hash
 from surf.tasks import KINDS
 from surf.telemetry import Clock
 
@@ -76,39 +76,13 @@ def _digest(path: Path) -> str:
 # --- answer -----------------------------------------------------------------------------------------------------------
 
 
-class Once:
-    """A `Responder` that asks no prompt twice: splits share questions, methods share prompts."""
-
-    def __init__(self, responder: Responder) -> None:
-        self.responder = responder
-        self.known: dict[tuple[Any, ...], Any] = {}
-
-    def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
-        """See `surf.models.Responder`. Greedy only: a drawn answer belongs to its row."""
-        keys = [(max_new_tokens, stable_hash(request.prompt)) for request in requests]
-        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.known}
-        if new:
-            texts = self.responder.respond(list(new.values()), max_new_tokens=max_new_tokens, temperature=0.0)
-            self.known.update(zip(new, texts, strict=True))
-        return [self.known[key] for key in keys]
-
-    def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
-        """See `surf.models.Responder`."""
-        keys = [("loglik", stable_hash(request.prompt), gold) for request, gold in zip(requests, golds, strict=True)]
-        new = {key: one for key, one in zip(keys, zip(requests, golds, strict=True), strict=True) if key not in self.known}
-        if new:
-            values = self.responder.loglik([request for request, _ in new.values()], [gold for _, gold in new.values()])
-            self.known.update(zip(new, values, strict=True))
-        return [self.known[key] for key in keys]
-
-
 def answer(
     questions: Sequence[Row],
     shown: Shown,
     responder: Responder,
     partial: store.Partial,
     *,
-    method: config.Method,
+    method: methods.Method,
     lvlm: config.Lvlm,
     suffix: str = "",
     max_new_tokens: int = 16,
@@ -243,9 +217,9 @@ def _part(path: Path) -> Row:
     return {"file": path.name, "rows": metadata.num_rows, "digest": meta["digest"]}
 
 
-def _methods(text: str) -> dict[str, config.Method]:
+def _methods(text: str) -> dict[str, methods.Method]:
     try:
-        return {name: config.Method.model_validate(keys) for name, keys in json.loads(text).items()}
+        return {name: methods.Method.model_validate(keys) for name, keys in json.loads(text).items()}
     except ValidationError as error:
         raise SurfError(f"methods.{config.explain(error)}", where="command line") from None
 

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.csv as csv
 
 from surf import cli, config, evidencepage, evidencetable, measures, store
-from surf.config import Method
 from surf.errors import SurfError
 from surf.images import Images, identity
 from surf.measures import Run
+from surf.methods import Method
 
 Row = dict[str, Any]
 Answers = dict[str, tuple[Method, list[Row]]]  # method: its definition and its answers

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from surf import __version__, evidencetable, measures, pages
-from surf.config import Method
 from surf.evidencetable import Tasks
 from surf.images import Images
 from surf.measures import Run
+from surf.methods import Method
 from surf.reanswer import lookup
 
 Row = dict[str, Any]

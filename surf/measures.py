@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from surf import intervals, metrics
-from surf.config import Method
 from surf.errors import SurfError
+from surf.methods import Method
 from surf.shards import stable_hash
 from surf.tasks import KINDS
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from surf import prompts, store
 from surf.answer import unreadable
-from surf.config import Method
 from surf.errors import SurfError
 from surf.images import Images, identity
+from surf.methods import Method
 from surf.reanswer import lookup
 from surf.shards import stable_hash
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from surf import cli, config, describe
 from surf.errors import SurfError
+from surf.methods import Method
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {
@@ -102,8 +103,8 @@ def test_sweeps_make_methods_that_differ_in_one_key():
     of_rag = {"rag@k1", "rag@random", "rag@oracle", "rag@reversed", "rag@image"}
     of_surf = {"surf@k1", "surf@oracle", "surf@reversed", "surf@image"}  # surf@random is there already: wild
     assert set(found) == set(methods) | of_rag | of_surf
-    assert found["rag@k1"] == config.Method(model="base", references=1)
-    assert found["surf@oracle"] == config.Method(model="tuned", references=2, source="oracle")
+    assert found["rag@k1"] == Method(model="base", references=1)
+    assert found["surf@oracle"] == Method(model="tuned", references=2, source="oracle")
     one = config.parse(with_(evaluate={"methods": methods, "sweeps": {"of": ["filter"], "order": ["shuffled"]}}))
     assert set(one.evaluate.all_methods()) == set(methods) | {"filter@shuffled"}
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from popedata import question_rows, write_lines
 
-from surf import candidates, config, evaluate, prompts, references, store
-from surf.config import Method
+from surf import candidates, config, evaluate, once, prompts, references, store
 from surf.errors import SurfError
 from surf.images import Images
+from surf.methods import Method
 
 
 @pytest.fixture
@@ -76,13 +76,13 @@ def test_answers_keep_their_questions_and_references(tmp_path, question_file):
 def test_a_prompt_of_several_splits_and_methods_is_asked_once(tmp_path, question_file):
     rows = asked(question_file, "random", "popular")
     responder = FakeResponder()
-    once = evaluate.Once(responder)
-    found = answer(rows, {}, once, partial_for(tmp_path))
+    shared = once.Once(responder)
+    found = answer(rows, {}, shared, partial_for(tmp_path))
     assert len(responder.prompts) == 48 and len(found) == 96
     shown = {rows[0]["question_id"]: REFERENCES}
-    again = answer(rows, shown, once, partial_for(tmp_path / "other"))
+    again = answer(rows, shown, shared, partial_for(tmp_path / "other"))
     assert len(responder.prompts) == 49 and again[1:] == found[1:]
-    gated = answer(rows, shown, once, partial_for(tmp_path / "gate"), Method(model="base", references=2, gate=0.95))
+    gated = answer(rows, shown, shared, partial_for(tmp_path / "gate"), Method(model="base", references=2, gate=0.95))
     assert len(responder.prompts) == 49 and gated[0]["response"] == again[0]["response"]
     assert [row["response"] for row in found[:48]] == [row["response"] for row in found[48:]]
     assert {row["split"] for row in found[48:]} == {"popular"}

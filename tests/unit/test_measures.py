@@ -13,8 +13,8 @@ from PIL import Image
 from popedata import question_rows
 
 from surf import evidence, evidencetable, intervals, measures, store
-from surf.config import Method
 from surf.errors import SurfError
+from surf.methods import Method
 
 METHODS = {
     "zero-shot": Method(model="base"),
