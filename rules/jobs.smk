@@ -1,7 +1,7 @@
 # Functions that single rules need: checks before the first job, resources and inputs that follow from the config.
 import json
 
-from surf import references, summary
+from surf import summary
 from surf.tasks import KINDS
 
 
@@ -90,7 +90,7 @@ def answer_inputs(wildcards):
         found["neighbors"] = f"{folder}/neighbors.parquet"
     if any(method.references for method in methods):
         found["catalog"] = manifest("catalog")
-    if scores := dict.fromkeys(by for method in methods for by in references.needs(method)):
+    if scores := dict.fromkeys(by for method in methods for by in method.needs()):
         found["candidates"] = [f"{folder}/candidates/{by}.parquet" for by in scores]
     if wildcards.model != "base":
         found["model"] = f"{RESULTS}/{'' if wildcards.model == 'tuned' else f'variants/{wildcards.model}/'}model/model.json"

@@ -180,13 +180,8 @@ def _paired(
             columns.append(({**name, "against": base.method, "measure": "changed"}, (run.right != base.right) * 1.0, one))
         for other in {id(o): o for o in (zero, vanilla, base) if o is not None and o is not run}.values():
             p = intervals.mcnemar(*(int((a.right & ~b.right)[unique].sum()) for a, b in ((run, other), (other, run))))
-            columns.append(
-                (
-                    {**name, "against": other.method, "measure": "difference", "p": p if judged else None},
-                    run.scores - other.scores,
-                    one,
-                )
-            )
+            about = {**name, "against": other.method, "measure": "difference", "p": p if judged else None}
+            columns.append((about, run.scores - other.scores, one))
     tops = np.stack([top[rows] for _, top, _ in columns], axis=1)
     bottoms = np.stack([bottom[rows] for _, _, bottom in columns], axis=1)
     found = intervals.ratios(tops, bottoms, images, resamples, seed)

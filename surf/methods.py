@@ -40,6 +40,15 @@ class Method(Section):
         """Are the most similar references, if any, shown as they are?"""
         return self == Method(model=self.model, references=self.references)
 
+    def needs(self) -> list[str]:
+        """The scores of candidates that it chooses by, beyond similarity: of caption, relevance and gold."""
+        found = {
+            "caption": self.rerank == "caption",
+            "relevance": self.rerank == "relevance" or self.keep == "judged",
+            "gold": self.source in ("oracle", "adversarial"),
+        }
+        return [name for name, needed in found.items() if needed]
+
     @model_validator(mode="after")
     def _makes_sense(self) -> "Method":
         choosing = [key for key in ("rerank", "keep", "gate") if getattr(self, key) is not None]

@@ -31,16 +31,6 @@ class Files(NamedTuple):
     candidates: Mapping[str, Path] = {}
 
 
-def needs(method: Method) -> list[str]:
-    """The scores that a method chooses by, beyond similarity: of caption, relevance and gold."""
-    found = {
-        "caption": method.rerank == "caption",
-        "relevance": method.rerank == "relevance" or method.keep == "judged",
-        "gold": method.source in ("oracle", "adversarial"),
-    }
-    return [name for name, needed in found.items() if needed]
-
-
 def choose(method: Method, candidates: Candidates, scores: Scores, key: str, seed: int = 0) -> list[int]:
     """Image ids of the references in the prompt, in its order; at most `method.references`, perhaps none.
 
@@ -49,7 +39,7 @@ def choose(method: Method, candidates: Candidates, scores: Scores, key: str, see
 
     Args:
         candidates: what there is to choose from.
-        scores: those that `needs` names, of this question.
+        scores: those that `method.needs` names, of this question.
         key: what the shuffled order is drawn by.
     """
     ranked = list(candidates)
@@ -107,7 +97,7 @@ def shown(rows: Sequence[Row], method: Method, files: Files, images: Images, see
         return {row["question_id"]: by_image[row["image"]] for row in rows}
     neighbors = _needed(files.neighbors, "neighbors", method)
     near = candidates_of(neighbors)
-    scores = scores_of({by: _needed(files.candidates.get(by), f"candidates …/{by}.parquet", method) for by in needs(method)})
+    scores = scores_of({by: _needed(files.candidates.get(by), f"candidates …/{by}.parquet", method) for by in method.needs()})
     if not near.keys() & {row["image"] for row in rows}:
         raise SurfError("holds no neighbour of any image of the questions", where=str(neighbors))
     chosen = {
