@@ -79,7 +79,9 @@ def methods_of(wildcards):
 
 def answer_methods(wildcards):
     """The same as JSON, for the command."""
-    return json.dumps({name: method.model_dump(exclude_defaults=True) for name, method in methods_of(wildcards).items()})
+    return json.dumps(
+        {name: method.model_dump(exclude_defaults=True) for name, method in methods_of(wildcards).items()}
+    )
 
 
 def answer_inputs(wildcards):
@@ -93,7 +95,9 @@ def answer_inputs(wildcards):
     if scores := dict.fromkeys(by for method in methods for by in method.needs()):
         found["candidates"] = [f"{folder}/candidates/{by}.parquet" for by in scores]
     if wildcards.model != "base":
-        found["model"] = f"{RESULTS}/{'' if wildcards.model == 'tuned' else f'variants/{wildcards.model}/'}model/model.json"
+        found["model"] = (
+            f"{RESULTS}/{'' if wildcards.model == 'tuned' else f'variants/{wildcards.model}/'}model/model.json"
+        )
     return found
 
 
