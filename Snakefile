@@ -3,7 +3,7 @@
 #   snakemake -n                          what would run
 #   snakemake --profile profiles/local    run it here
 #   snakemake --profile slurm             run it on a cluster
-#   snakemake pairs | model | pope …      just that dataset and what it needs
+#   snakemake pairs | model | evidence …  just that dataset and what it needs
 
 from snakemake.utils import min_version
 
@@ -29,7 +29,8 @@ rule all:
         [manifest(f"scores/{name}") for name in ["answers", "reanswers"]],
         f"{RESULTS}/pairs.json",
         f"{RESULTS}/model/model.json",
-        f"{RESULTS}/pope/metrics.parquet",
+        [f"{RESULTS}/pope/metrics.parquet"] if POPE else [],
+        f"{RESULTS}/evidence/index.html",
         f"{RESULTS}/config.json",
         f"{RESULTS}/report.html",
 
@@ -38,7 +39,8 @@ include: "rules/demo.smk"
 include: "rules/database.smk"
 include: "rules/responses.smk"
 include: "rules/training.smk"
-include: "rules/pope.smk"
+include: "rules/evaluate.smk"
+include: "rules/evidence.smk"
 include: "rules/targets.smk"
 
 

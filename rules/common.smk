@@ -21,10 +21,11 @@ except SurfError as error:
 RESULTS = cfg.results
 CORPUS = part_names(cfg.shards.corpus)
 ROUNDS = part_names(cfg.shards.rounds)
-SPLITS = list(cfg.pope.questions)
-METHODS = list(cfg.pope.methods)
-# methods with references, and so with neighbours
-RETRIEVING = [name for name, method in cfg.pope.methods.items() if method.references]
+TASKS = list(cfg.evaluate.tasks)
+POPE = [name for name, task in cfg.evaluate.tasks.items() if task.kind == "pope"]
+METHODS = cfg.evaluate.all_methods()
+# methods that choose among the neighbours of the questions' images
+RETRIEVING = [name for name, method in METHODS.items() if method.references and method.source != "random"]
 
 # The config sections that each stage reads, first its own.
 SECTIONS = {
@@ -38,7 +39,9 @@ SECTIONS = {
     "reanswer": ["reanswer", "answer", "lvlm", "score", "images"],
     "pair": ["pair", "score"],
     "finetune": ["finetune", "lvlm", "images"],
-    "pope": ["pope", "lvlm", "images"],
+    "candidates": ["embed", "lvlm", "images"],
+    "evaluate": ["lvlm", "images"],
+    "evidence": ["images"],
     "report": ["report", "score", "images"],
 }
 
@@ -46,8 +49,10 @@ SECTIONS = {
 wildcard_constraints:
     part=r"part-\d{5}-of-\d{5}",
     dataset=r"embeddings|rounds|answers|neighbors|reanswers|scores/answers|scores/reanswers",
-    split="|".join(SPLITS),
-    method="|".join(METHODS),
+    task="|".join(TASKS),
+    model="|".join(["base", "tuned", *cfg.variants]),
+    variant="|".join(cfg.variants) or "none",
+    by="caption|relevance|gold",
 
 
 localrules:
@@ -57,8 +62,9 @@ localrules:
     catalog,
     split,
     merge,
-    pope_questions,
+    evaluate_questions,
     pope,
+    evidence,
     report,
     resolved_config,
 

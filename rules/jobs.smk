@@ -1,12 +1,16 @@
 # Functions that single rules need: checks before the first job, resources and inputs that follow from the config.
+import json
+
 from surf import summary
+from surf.tasks import KINDS
 
 
 def check_sources():
     """Before the first job: name every file that the user still has to bring. `check` does so itself."""
     if set(workflow.dag_settings.targets) == {"check"}:
         return
-    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.pope.questions.values(), *cfg.images.roots]
+    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.images.roots]
+    paths += [path for task in cfg.evaluate.tasks.values() for path in task.files.values()]
     missing = [path for path in paths if not Path(path).exists()]
     if missing and not cfg.demo:
         lines = "\n  ".join(missing)
@@ -29,11 +33,19 @@ def sweep():
         print(f"{count} files of killed jobs were removed from {RESULTS}", file=sys.stderr)
 
 
-def training_resources():
-    """Resources of `finetune`, on each node. Over several nodes the command brings its own srun: `mpi`."""
-    count, nodes = cfg.finetune.processes, cfg.finetune.nodes
+def training_resources(processes):
+    """Resources of a fine-tune, on each node; `processes` is a number, or a function of the wildcards. Over several nodes the
+    command brings its own srun: `mpi`."""
+    nodes = cfg.finetune.nodes
     several = {"mpi": "srun", "nodes": nodes, "tasks": nodes, "tasks_per_gpu": 0} if nodes > 1 else {}
-    return {"gpu": count, "gres": f"gpu:{count}", **several}
+    if callable(processes):
+        return {"gpu": processes, "gres": lambda wildcards: f"gpu:{processes(wildcards)}", **several}
+    return {"gpu": processes, "gres": f"gpu:{processes}", **several}
+
+
+def variant_processes(wildcards):
+    """Processes of a variant's fine-tune, on each node."""
+    return variant(wildcards)[1].processes
 
 
 def torchrun():
@@ -49,34 +61,66 @@ def torchrun():
     )
 
 
-def pope_model(wildcards):
-    """Input of a POPE job: the tuned model, where its method uses it."""
-    return f"{RESULTS}/model/model.json" if cfg.pope.methods[wildcards.method].model == "tuned" else []
+def variant(wildcards):
+    """Sections `pair` and `finetune` of a variant."""
+    return cfg.variant(wildcards.variant)
 
 
-def pope_neighbors(wildcards):
-    """Input of a POPE job: neighbours and catalog, where its method uses references."""
-    if not cfg.pope.methods[wildcards.method].references:
-        return []
-    return [f"{RESULTS}/pope/neighbors/{wildcards.split}.parquet", manifest("catalog")]
+def task_files(wildcards):
+    """Input of `evaluate_questions`."""
+    return source(cfg.evaluate.tasks[wildcards.task].files.values())
 
 
-def pope_method(wildcards):
-    """Flags of a POPE job that follow from its method."""
-    method = cfg.pope.methods[wildcards.method]
-    words = ["--references", str(method.references)]
-    for flag, path in zip(["--neighbors", "--catalog"], pope_neighbors(wildcards)):
-        words += [flag, path]
-    if method.model == "tuned":
-        words += ["--model", f"{RESULTS}/model"]
+def task_suffix(wildcards):
+    """What is appended to the questions of a task."""
+    task = cfg.evaluate.tasks[wildcards.task]
+    return KINDS[task.kind].suffix if task.suffix is None else task.suffix
+
+
+def candidate_flags(wildcards):
+    """Flags of `evaluate_candidates`: captions are scored by CLIP, everything else by the language model."""
+    return cli.flags(embed=cfg.embed) if wildcards.by == "caption" else cli.flags(lvlm=cfg.lvlm)
+
+
+def methods_of(wildcards):
+    """The methods that one model answers by."""
+    return {name: method for name, method in METHODS.items() if method.model == wildcards.model}
+
+
+def answer_methods(wildcards):
+    """The same as JSON, for the command."""
+    return json.dumps(
+        {name: method.model_dump(exclude_defaults=True) for name, method in methods_of(wildcards).items()}
+    )
+
+
+def answer_inputs(wildcards):
+    """Files that the methods of a model need beside the questions, by flag."""
+    methods, folder = methods_of(wildcards).values(), f"{RESULTS}/evaluate/{wildcards.task}"
+    found = {}
+    if any(method.references and method.source != "random" for method in methods):
+        found["neighbors"] = f"{folder}/neighbors.parquet"
+    if any(method.references for method in methods):
+        found["catalog"] = manifest("catalog")
+    if scores := dict.fromkeys(by for method in methods for by in method.needs()):
+        found["candidates"] = [f"{folder}/candidates/{by}.parquet" for by in scores]
+    if wildcards.model != "base":
+        found["model"] = (
+            f"{RESULTS}/{'' if wildcards.model == 'tuned' else f'variants/{wildcards.model}/'}model/model.json"
+        )
+    return found
+
+
+def answer_flags(wildcards):
+    """The same as flags."""
+    words = []
+    for name, paths in answer_inputs(wildcards).items():
+        value = paths if isinstance(paths, str) else " ".join(paths)
+        words.append(f"--{name} {value.removesuffix('/model.json')}")
     return " ".join(words)
 
 
-def pope_file(wildcards):
-    """Input of `pope_questions`."""
-    return source([pope_path(wildcards)])
-
-
-def pope_path(wildcards):
-    """The question file of a split, whether it is there or not."""
-    return cfg.pope.questions[wildcards.split]
+def all_answers(tasks):
+    """Answers of all methods to some tasks: the manifests."""
+    models = dict.fromkeys(method.model for method in METHODS.values())
+    return expand(f"{RESULTS}/evaluate/{{task}}/answers/{{model}}/_manifest.json", task=tasks, model=models)

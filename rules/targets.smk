@@ -1,4 +1,4 @@
-# Targets are nouns: `snakemake pairs` makes that dataset and what it needs. `catalog`, `pope` and `report` are rules already.
+# Targets are nouns: `snakemake pairs` makes that dataset and what it needs. `catalog`, `pope`, `evidence` and `report` are rules already.
 # Sharded datasets name their parts too: a lost part is made again, although the manifest is there.
 
 

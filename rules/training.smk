@@ -1,8 +1,9 @@
 # From scores to a tuned model.
 # in:  rounds/, scores/, neighbors/, catalog/
-# out: pairs.parquet, pairs.json, model/
+# out: pairs.parquet, pairs.json, model/; the same of every variant in variants/NAME/
 # 1. pair      hard positive and negative references, mixed and cut to size
 # 2. finetune  DeepSpeed through torchrun, on one node or several
+# Variants are further fine-tunes, the controls of an evaluation: some keys of `pair` and `finetune` differ.
 
 
 rule pair:
@@ -40,7 +41,7 @@ rule finetune:
         f"{RESULTS}/logs/finetune/finetune.log",
     threads: cfg.finetune.processes
     resources:
-        **training_resources(),
+        **training_resources(cfg.finetune.processes),
     params:
         flags=flags("finetune"),
         version=version("finetune"),
@@ -51,3 +52,32 @@ rule finetune:
         f"{torchrun()} --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 600"
         " --nproc-per-node {params.processes} -m surf.finetune --pairs {input} --out $(dirname {output})"
         f" --seed {{params.seed}} {{params.flags}}{knobs('finetune')} >> {{log}} 2>&1"
+
+
+use rule pair as variant_pair with:
+    output:
+        pairs=f"{RESULTS}/variants/{{variant}}/pairs.parquet",
+        json=f"{RESULTS}/variants/{{variant}}/pairs.json",
+    log:
+        f"{RESULTS}/logs/pair/{{variant}}.log",
+    params:
+        flags=lambda wildcards: cli.flags(pair=variant(wildcards)[0], score=cfg.score),
+        version=version("pair"),
+        seed=cfg.seed,
+
+
+use rule finetune as variant_finetune with:
+    input:
+        f"{RESULTS}/variants/{{variant}}/pairs.parquet",
+    output:
+        f"{RESULTS}/variants/{{variant}}/model/model.json",
+    log:
+        f"{RESULTS}/logs/finetune/{{variant}}.log",
+    threads: variant_processes
+    resources:
+        **training_resources(variant_processes),
+    params:
+        flags=lambda wildcards: cli.flags(finetune=variant(wildcards)[1], lvlm=cfg.lvlm, images=cfg.images),
+        version=version("finetune"),
+        seed=cfg.seed,
+        processes=variant_processes,

@@ -16,8 +16,9 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
-from surf.config import SECTIONS, Section, explain
+from surf.config import SECTIONS, explain
 from surf.errors import SurfError
+from surf.sections import Section
 
 log = logging.getLogger("surf")
 T = TypeVar("T")
@@ -131,6 +132,24 @@ def _asked_to_end(number: int, _frame: object) -> None:
 def _fail(message: str, code: Any) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def dispatch(
+    commands: dict[str, Callable[[Sequence[str]], None]], argv: Sequence[str] | None, *, prog: str, about: str
+) -> None:
+    """Run the command that the first word names.
+
+    Raises:
+        SurfError: there is none, or no such one.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        print(about)
+        return
+    if not words or words[0] not in commands:
+        found = f"there is no {words[0]!r}" if words else "what to do is missing"
+        raise SurfError(found, where=f"python -m surf.{prog}", expected=f"one of {', '.join(commands)}")
+    commands[words[0]](words[1:])
 
 
 def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:

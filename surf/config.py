@@ -5,31 +5,15 @@ results, so that Snakemake reruns it. `surf.describe` makes the documentation of
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.config import JsonDict
 
 from surf.errors import SurfError
+from surf.methods import Evaluate
 from surf.prompts import LAYOUTS, RETRIEVAL_PROMPT, SYSTEM_PROMPT
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Name = Annotated[str, Field(min_length=1)]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes part of a file name
-
-
-# How a key reaches its stage. Keys without a role change results: they are flags, and a change reruns the stage.
-KNOB: JsonDict = {"role": "knob"}  # speed and places only: a flag, but a change reruns nothing
-WORKFLOW: JsonDict = {"role": "workflow"}  # read by the Snakefile, no flag
-
-
-class Section(BaseModel):
-    """Settings of one stage. Frozen, typed, and refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    version: ClassVar[int] = 1
+from surf.sections import KNOB, WORKFLOW, Name, Positive, Section, Share, Word
 
 
 class Images(Section):
@@ -104,7 +88,7 @@ class Split(Section):
 
 
 class Lvlm(Section):
-    """The vision-language model and its prompt: shared by answer, reanswer, finetune and pope."""
+    """The vision-language model and its prompt: shared by answer, reanswer, finetune and evaluate."""
 
     model: Name = Field(default="llava-hf/llava-1.5-7b-hf", description="Hugging Face image-text-to-text model or path.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Weights and arithmetic.")
@@ -201,6 +185,11 @@ class Pair(Section):
     negatives: Literal["hard", "random"] = Field(
         default="hard", description="random: a corpus image drawn by the seed takes the place of the hard negative."
     )
+    rounds: Literal["any", "both"] = Field(
+        default="any",
+        description="Rounds that samples of other kinds come from. both: only those with a positive and a negative, so that all"
+        " mixes are made of the same questions.",
+    )
     mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
 
 
@@ -227,35 +216,11 @@ class Finetune(Section):
     save_steps: Positive = Field(json_schema_extra=KNOB, default=50, description="Steps between two checkpoints.")
 
 
-class Method(Section):
-    """One way to answer POPE."""
+class Variant(Section):
+    """A further fine-tune, as a control: keys of `pair` and `finetune` that differ from the main one."""
 
-    model: Literal["base", "tuned"] = Field(description="base: lvlm.model. tuned: the model that finetune wrote.")
-    references: int = Field(ge=0, le=100, description="References in the prompt, most similar first; 0 for none.")
-
-
-class Pope(Section):
-    """POPE evaluation: object questions under five scoring rules."""
-
-    questions: dict[Word, Name] = Field(
-        default={}, json_schema_extra=WORKFLOW, description="POPE question file (JSON lines) of each split."
-    )
-    methods: dict[Word, Method] = Field(
-        json_schema_extra=WORKFLOW,
-        default={
-            "zero-shot": Method(model="base", references=0),
-            "vanilla-rag": Method(model="base", references=2),
-            "surf": Method(model="tuned", references=2),
-        },
-        min_length=1,
-        description="Methods compared in one table.",
-    )
-    suffix: str = Field(
-        default="\nAnswer the question using a single word or phrase.",
-        description="Appended to every question, as in LLaVA's evaluation.",
-    )
-    max_new_tokens: Positive = Field(default=16, description="Length limit of an answer (tokens).")
-    resamples: Positive = Field(default=2000, description="Bootstrap resamples for the 95 % intervals.")
+    pair: dict[str, Any] = Field(json_schema_extra=WORKFLOW, default={}, description="Keys of `pair` that differ.")
+    finetune: dict[str, Any] = Field(json_schema_extra=WORKFLOW, default={}, description="Keys of `finetune` that differ.")
 
 
 class Report(Section):
@@ -292,25 +257,53 @@ class Config(BaseModel):
     score: Score = Score()
     pair: Pair = Pair()
     finetune: Finetune = Finetune()
-    pope: Pope
+    variants: dict[Word, Variant] = Field(default={}, description="Further fine-tunes: {name: {pair: …, finetune: …}}.")
+    evaluate: Evaluate
     report: Report = Report()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         if self.reanswer.references > self.retrieve.references:
             raise ValueError("reanswer.references must not exceed retrieve.references")
-        if not self.pope.questions:
-            raise ValueError("pope.questions must name at least one question file")
-        if "mean" in self.pope.questions:
-            raise ValueError("pope.questions.mean: this name is taken, choose another")
-        for name, method in self.pope.methods.items():
-            if name in ("questions", "neighbors", "image-blind"):
-                raise ValueError(f"pope.methods.{name}: this name is taken, choose another")
-            if method.references > self.retrieve.references:
-                raise ValueError(f"pope.methods.{name}.references must not exceed retrieve.references")
+        if not self.evaluate.tasks:
+            raise ValueError("evaluate.tasks must name at least one task")
+        for name, task in self.evaluate.tasks.items():
+            if "all" in task.files:
+                raise ValueError(f"evaluate.tasks.{name}.files.all: this name is taken, choose another")
+        for name in self.evaluate.sweeps.of:
+            if name not in self.evaluate.methods or not self.evaluate.methods[name].references:
+                raise ValueError(f"evaluate.sweeps.of: {name!r} is no method with references")
+        for name in self.variants:
+            if name in ("base", "tuned"):
+                raise ValueError(f"variants.{name}: this name is taken, choose another")
+            self.variant(name)
+        for name, method in self.evaluate.all_methods().items():
+            if name == "image-blind":
+                raise ValueError(f"evaluate.methods.{name}: this name is taken, choose another")
+            if method.model not in ("base", "tuned", *self.variants):
+                raise ValueError(
+                    f"evaluate.methods.{name}.model = {method.model!r}: should be base, tuned or a name in variants"
+                )
+            if method.source != "random" and method.references > self.retrieve.references:
+                raise ValueError(f"evaluate.methods.{name}.references must not exceed retrieve.references")
         if self.score.judge == "loglik" and not self.answer.gold_loglik:
             raise ValueError("score.judge: loglik needs answer.gold_loglik: true")
         return self
+
+    def variant(self, name: str) -> tuple[Pair, Finetune]:
+        """Sections `pair` and `finetune` of a variant.
+
+        Raises:
+            ValueError: a key or value that these sections do not take.
+        """
+        one = self.variants[name]
+        if one.finetune.keys() & {"nodes"}:
+            raise ValueError(f"variants.{name}.finetune.nodes: all fine-tunes run on finetune.nodes nodes")
+        try:
+            pair = Pair.model_validate({**self.pair.model_dump(), **one.pair})
+            return pair, Finetune.model_validate({**self.finetune.model_dump(), **one.finetune})
+        except ValidationError as error:
+            raise ValueError("\n  ".join(f"variants.{name}.{line.strip()}" for line in explain(error).splitlines())) from None
 
 
 SECTIONS: dict[str, type[Section]] = {

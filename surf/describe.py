@@ -6,11 +6,12 @@ python -m surf.describe keys > docs/config.md
 
 import json
 import sys
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import PydanticUndefined
 
-from surf.config import SECTIONS, Config
+from surf.config import SECTIONS, Config, Variant
+from surf.sections import Section
 
 HEAD = """# Config
 
@@ -31,8 +32,21 @@ def keys() -> str:
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
     lines += ["## Top level\n", *_table(top), ""]
     for name, section in SECTIONS.items():
-        lines += [f"## {name}\n", f"{(section.__doc__ or '').strip()}\n", *_table(section.model_fields), ""]
+        lines += _section(name, section)
+    lines += _section("variants.NAME", Variant)
     return "\n".join(lines)
+
+
+def _section(name: str, section: type[Section]) -> list[str]:
+    """The section's table, and those of the sections within it."""
+    lines = [f"## {name}\n", f"{' '.join((section.__doc__ or '').split())}\n", *_table(section.model_fields), ""]
+    for key, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines += _section(f"{name}.{key}", field.annotation)
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, Section):
+                lines += _section(f"{name}.{key}.NAME", part)
+    return lines
 
 
 def _table(fields: dict[str, Any]) -> list[str]:
@@ -46,7 +60,9 @@ def _table(fields: dict[str, Any]) -> list[str]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        value = {key: item.model_dump() if hasattr(item, "model_dump") else item for key, item in value.items()}
+        value = {
+            key: item.model_dump(exclude_defaults=True) if hasattr(item, "model_dump") else item for key, item in value.items()
+        }
     if hasattr(value, "model_dump"):
         value = value.model_dump()
     return json.dumps(value).replace("|", "\\|")

@@ -3,6 +3,7 @@
 python -m surf.embed --catalog results/catalog/part-….parquet --out results/embeddings/part-….parquet --quarantine … FLAGS
 """
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -10,13 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from surf import cli, quarantine, store
+from surf import cli, quarantine, store, workers
+from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Encoder
 from surf.schemas import with_dim
-from surf.telemetry import Clock
+from surf.telemetry import Clock, Meter
 
-FLUSH = 4096  # images between two saves of unfinished work
+FLUSH = 4096  # images between two saves of unfinished work, unless they take longer than `cli.SLICE_SECONDS`
+BLOCK = 1024  # images that follow one another stay with one worker: packed files are read in order
 
 
 def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[pa.Table, dict[str, str]]:
@@ -37,8 +40,11 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
     errors: dict[str, str] = {}
     fresh: list[pa.Table] = []
     saves: list[Future[None]] = []
+    saved = time.monotonic()
 
     def save() -> None:
+        nonlocal saved
+        saved = time.monotonic()
         saves.append(writer.submit(_save, encoder, partial, pa.concat_tables(fresh).combine_chunks()))
         fresh.clear()
 
@@ -47,7 +53,7 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
             good = [place for place, number in enumerate(numbers) if number not in bad]
             fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
             errors.update({names[number]: error for number, error in bad.items()})
-            if sum(table.num_rows for table in fresh) >= FLUSH:
+            if sum(table.num_rows for table in fresh) >= FLUSH or time.monotonic() - saved > cli.SLICE_SECONDS:
                 save()
             bar.update(len(numbers))
         if fresh:
@@ -57,14 +63,20 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
     return errors
 
 
-def collect(catalog: pa.Table, partial: store.Partial, dim: int) -> pa.Table:
-    """The part: what `partial` holds, in the order of the catalog."""
+def collect(catalog: pa.Table, partial: store.Partial, dim: int | None = None) -> pa.Table:
+    """The part: what `partial` holds, in the order of the catalog. Without `dim` the saved rows tell the dimension.
+
+    Raises:
+        SurfError: nothing is saved, and `dim` is not given.
+    """
     found = partial.read()
     if not found.num_rows:
+        if dim is None:
+            raise SurfError("not one image of this part could be read", where=str(partial.out), next="check images.roots")
         found = _table([], np.zeros((0, dim), np.float32))
     place = pc.index_in(catalog["image_id"], value_set=found["image_id"].combine_chunks())
     columns = [catalog["image_id"], found["embedding"].combine_chunks().take(place)]
-    return pa.table(columns, schema=with_dim(dim))
+    return pa.table(columns, schema=found.schema)
 
 
 def _save(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
@@ -86,15 +98,24 @@ def main() -> None:
     args = cli.parse(
         None, prog="embed", about=__doc__ or "", sections=["embed", "images"], paths=["catalog", "out", "quarantine"]
     )
-    from surf.models import clip
-
-    clock = Clock()
+    clock, meter = Clock(), Meter()
     table = store.read_table(args.catalog, "catalog", ["image_id", "image"])
-    encoder = clip.load(args.embed, Images(args.images.roots, args.images.max_pixels))
-    clock.loaded()
     flags = cli.flags(embed=args.embed)
     partial = store.Partial(args.out, "embeddings", flags=flags, version=args.embed.version, input=store.digest(table))
-    result, errors = embed(table, encoder, partial)
+    dim = None
+    if count := workers.wanted():
+        errors = workers.lead(count, partial, table.num_rows, desc="embed", unit="image")
+    else:
+        from surf.models import clip
+
+        encoder = clip.load(args.embed, Images(args.images.roots, args.images.max_pixels))
+        meter, dim = encoder.meter, encoder.dim
+        clock.loaded()
+        own = pa.array(workers.mine(table["image_id"].to_pylist(), lambda image_id: str(image_id // BLOCK)), pa.int64())
+        errors = fill(table.filter(pc.is_in(table["image_id"], value_set=own)), encoder, partial)
+        if workers.report(errors):
+            return
+    result = collect(table, partial, dim)
     quarantine.settle(
         args.quarantine,
         errors,
@@ -104,9 +125,9 @@ def main() -> None:
         max_bad_share=args.images.max_bad_share,
     )
     meta = {"stage": "embed", "version": args.embed.version, "flags": flags}
-    with encoder.meter("write"):
+    with meter("write"):
         store.write_table(args.out, result, "embeddings", meta)
-    clock.note(args.out, table.num_rows, encoder.meter)
+    clock.note(args.out, table.num_rows, meter)
 
 
 if __name__ == "__main__":

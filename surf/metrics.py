@@ -15,24 +15,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
+
+from surf import intervals
+from surf.intervals import Estimate, percentiles
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "unparsed")
 HEADLINE = "surf"
 
 _COUNTS = ("questions", "correct", "tp", "fp", "fn", "yes", "unparsed")  # columns of `outcomes`
-_BLOCK = 20_000_000  # resampling counts held at a time (160 MB)
-
-
-class Estimate(NamedTuple):
-    """A share in [0, 1] and its 95 % interval, None where there are too few images for one."""
-
-    value: float
-    low: float | None
-    high: float | None
 
 
 # --- POPE: one answer -------------------------------------------------------------------------------------------------
@@ -138,7 +130,7 @@ def summary(parts: Sequence[Part], resamples: int = 2000, seed: int = 0) -> dict
     """Each of `METRICS` with its 95 % interval; of several parts (splits) the plain mean over the parts."""
     values = np.mean([rates(counts.sum(axis=0)) for counts, _ in parts], axis=0)
     drawn = bootstrap(parts, resamples, seed)
-    return {name: _estimate(float(values[column]), drawn[:, column]) for column, name in enumerate(METRICS)}
+    return {name: percentiles(float(values[column]), drawn[:, column]) for column, name in enumerate(METRICS)}
 
 
 def difference(a: Sequence[Part], b: Sequence[Part], resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
@@ -150,7 +142,7 @@ def difference(a: Sequence[Part], b: Sequence[Part], resamples: int = 2000, seed
     values = [np.mean([rates(counts.sum(axis=0)) for counts, _ in parts], axis=0) for parts in (a, b)]
     drawn = bootstrap(a, resamples, seed) - bootstrap(b, resamples, seed)
     delta = values[0] - values[1]
-    return {name: _estimate(float(delta[column]), drawn[:, column]) for column, name in enumerate(METRICS)}
+    return {name: percentiles(float(delta[column]), drawn[:, column]) for column, name in enumerate(METRICS)}
 
 
 def bootstrap(parts: Sequence[Part], resamples: int = 2000, seed: int = 0) -> np.ndarray:
@@ -167,17 +159,12 @@ def bootstrap(parts: Sequence[Part], resamples: int = 2000, seed: int = 0) -> np
     sums = np.zeros((len(parts), len(names), len(_COUNTS)))
     for part, (counts, images) in zip(sums, parts, strict=True):
         np.add.at(part, [place[image] for image in images], counts)
-    block = max(1, _BLOCK // len(names))
+    block = max(1, intervals.BLOCK // len(names))
     starts = range(0, resamples, block)
-    drawn = [rates(_draw(len(names), min(block, resamples - start), seed, start) @ sums).mean(axis=0) for start in starts]
+    drawn = [
+        rates(intervals.draw(len(names), min(block, resamples - start), seed, start) @ sums).mean(axis=0) for start in starts
+    ]
     return np.concatenate(drawn)
-
-
-@lru_cache(maxsize=1)  # all methods, splits and rules over one set of images share their draws
-def _draw(images: int, size: int, seed: int, start: int) -> np.ndarray:
-    """How often each image is drawn in resamples `start` to `start + size`: float64 [size, images], rows add up to images."""
-    generator = np.random.default_rng([seed, start])
-    return generator.multinomial(images, np.full(images, 1 / images), size=size).astype(np.float64)
 
 
 def blind(questions: Sequence[str], labels: Sequence[bool], images: Sequence[str]) -> list[bool]:
@@ -186,7 +173,7 @@ def blind(questions: Sequence[str], labels: Sequence[bool], images: Sequence[str
     A tie, or an object that no other image is asked about, gives no. On the MS-COCO files this line reaches accuracies of
     .675 (random), .869 (popular) and .691 (adversarial): what a method gains above it is what it sees.
     """
-    keys = [_object(question) for question in questions]
+    keys = [asked_object(question) for question in questions]
     balance: Counter[str] = Counter()
     own: Counter[tuple[str, str]] = Counter()
     for key, label, image in zip(keys, labels, images, strict=True):
@@ -195,7 +182,7 @@ def blind(questions: Sequence[str], labels: Sequence[bool], images: Sequence[str
     return [balance[key] - own[key, image] > 0 for key, image in zip(keys, images, strict=True)]
 
 
-def _object(question: str) -> str:
+def asked_object(question: str) -> str:
     """What a question asks for: `Is there a dining table in the image?` asks for a dining table; else the whole question."""
     text = " ".join(question.lower().split())
     match = re.match(r"(?:is|are) there (?:an? |the |any )?(.+?)(?: in (?:the|this) \w+)?\W*$", text)
@@ -204,13 +191,6 @@ def _object(question: str) -> str:
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.divide(top, bottom, out=np.zeros_like(bottom), where=bottom > 0)
-
-
-def _estimate(value: float, drawn: np.ndarray) -> Estimate:
-    if len(drawn) == 0:
-        return Estimate(value, None, None)
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Estimate(value, float(low), float(high))
 
 
 # --- boxes ------------------------------------------------------------------------------------------------------------

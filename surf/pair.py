@@ -36,6 +36,9 @@ def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row
     both = [row for row in ordered if row["positive"] and row["negative"]]
     rest = 1 - mix.positive_only - mix.negative_only - mix.no_reference
     total = options.samples
+    if options.rounds == "both":
+        ordered = both
+        total = min(total, len(both))
     if rest > 1e-9:
         total = min(total, int(len(both) / rest + 1e-9))
     wanted = {

@@ -1,6 +1,5 @@
 """POPE numbers as rows, as Markdown, as plain text and as a picture."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ BLIND = "image-blind"  # a method of its own: see `metrics.blind`
 MEAN = "mean"  # a split of its own: the plain mean over the splits
 
 Row = dict[str, Any]
-Runs = Mapping[str, Mapping[str, Sequence[Row]]]  # method, split: rows of `pope/answers`
+Runs = Mapping[str, Mapping[str, Sequence[Row]]]  # method, split: rows with question_id, image, question, label, response
 _NAMES = {"accuracy": "Accuracy", "precision": "Precision", "recall": "Recall", "f1": "F1"}
 _NAMES |= {"yes_ratio": "Yes", "unparsed": "Unparsed"}
 
@@ -44,16 +43,18 @@ def measure(runs: Runs, resamples: int, seed: int) -> list[Row]:
 
 
 def differences(runs: Runs, resamples: int, seed: int) -> list[tuple[str, str, Estimate]]:
-    """(later method, earlier method, difference in mean accuracy over all splits) of every two methods that have all splits."""
+    """(later method, first method, difference in mean accuracy over all splits) of the methods that have all splits."""
     splits = _splits(runs)
     parts = {
         method: [_part(answered[split], HEADLINE) for split in splits]
         for method, answered in runs.items()
         if len(answered) == len(splits)
     }
+    first = next(iter(parts), None)
     return [
-        (later, earlier, metrics.difference(parts[later], parts[earlier], resamples, seed)["accuracy"])
-        for earlier, later in itertools.combinations(parts, 2)
+        (later, first, metrics.difference(parts[later], parts[first], resamples, seed)["accuracy"])
+        for later in parts
+        if first is not None and later != first
     ]
 
 
@@ -110,7 +111,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     cells, places = _cells(rows)
     splits = list(dict.fromkeys(split for _, split in places))
     methods = [method for method in dict.fromkeys(method for method, _ in places) if method != BLIND]
-    canvas = FigureCanvasSVG(Figure(figsize=(1.6 + 1.6 * len(splits), 3.4), layout="constrained"))
+    canvas = FigureCanvasSVG(Figure(figsize=(1.6 + max(1.6, 0.18 * len(methods)) * len(splits), 3.6), layout="constrained"))
     axes = canvas.figure.add_subplot()
     width = 0.8 / max(len(methods), 1)
     for number, method in enumerate(methods):
@@ -120,7 +121,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
             [x for x, _ in drawn],
             [100 * value.value for _, value in drawn],
             0.92 * width,
-            color=f"C{number}",
+            color=matplotlib.colormaps["tab20"](number % 20),
             label=method,
             yerr=[[100 * _reach(value, side) for _, value in drawn] for side in ("low", "high")],
             error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.25"},
@@ -133,7 +134,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(0, 100)
     axes.set_ylabel("POPE accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    canvas.figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    canvas.figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     with matplotlib.rc_context({"svg.hashsalt": "surf", "svg.fonttype": "none"}), store.replacing(path) as temporary:
         canvas.figure.savefig(temporary, format="svg", metadata={"Date": None})
 
@@ -141,13 +142,13 @@ def figure(rows: Sequence[Row], path: Path) -> None:
 def _splits(runs: Runs) -> dict[str, dict[str, Sequence[Row]]]:
     """Split: method: rows. Checks that all methods answered the same questions."""
     if BLIND in runs:
-        raise SurfError(f"a method is named {BLIND!r}", where="pope.methods", expected="another name: this one is reserved")
+        raise SurfError(f"a method is named {BLIND!r}", where="evaluate.methods", expected="another name: this one is reserved")
     splits: dict[str, dict[str, Sequence[Row]]] = {}
     for method, answered in runs.items():
         for split, rows in answered.items():
             splits.setdefault(split, {})[method] = rows
     if MEAN in splits:
-        raise SurfError(f"a split is named {MEAN!r}", where="pope.questions", expected="another name: this one is reserved")
+        raise SurfError(f"a split is named {MEAN!r}", where="evaluate.tasks", expected="another name: this one is reserved")
     for split, of in splits.items():
         asked = {
             method: sorted((row["question_id"], row["image"], row["label"]) for row in rows) for method, rows in of.items()

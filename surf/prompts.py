@@ -69,6 +69,7 @@ def build(
     system_prompt: str = SYSTEM_PROMPT,
     retrieval_prompt: str = RETRIEVAL_PROMPT,
     caption_chars: int = 1200,
+    show: str = "both",
 ) -> Prompt:
     """The prompt for one question on one image.
 
@@ -78,16 +79,20 @@ def build(
         references: most similar first, or in whatever order they shall stand; none gives the plain LLaVA prompt.
         layout: one of `LAYOUTS`.
         caption_chars: captions are cut at a word boundary to this many characters; questions never are.
+        show: what is shown of a reference: both, caption or image.
     """
     question = clean(question)
     if not references:
         return Prompt(system_prompt, f"{IMAGE}\n{question}", (image,))
+    if layout == "image_only" and show == "caption":
+        raise SurfError("layout image_only shows no captions", expected="another lvlm.layout, or a method that shows images")
     captions = [cut(clean(reference.caption), caption_chars) for reference in references]
-    text = _LAYOUT[layout](captions, question)
-    return Prompt(retrieval_prompt, text, (*(reference.image for reference in references), image))
+    shown = [{"both": f"{IMAGE} {caption}", "caption": caption, "image": IMAGE}[show] for caption in captions]
+    images = [reference.image for reference in references if show != "caption"]
+    return Prompt(retrieval_prompt, _LAYOUT[layout](shown, question), (*images, image))
 
 
-def from_options(question: str, image: str, references: Sequence[Reference], lvlm: Any) -> Prompt:
+def from_options(question: str, image: str, references: Sequence[Reference], lvlm: Any, show: str = "both") -> Prompt:
     """`build` with the settings of the config's `lvlm` section."""
     return build(
         question,
@@ -97,7 +102,20 @@ def from_options(question: str, image: str, references: Sequence[Reference], lvl
         system_prompt=lvlm.system_prompt,
         retrieval_prompt=lvlm.retrieval_prompt,
         caption_chars=lvlm.caption_chars,
+        show=show,
     )
+
+
+def relevance(question: str, image: str, reference: Reference, lvlm: Any) -> Prompt:
+    """Asks the model itself whether a reference is relevant to a question, to be answered with yes or no.
+
+    The idea is RagVL's pointwise reranker (Chen et al. 2024, arXiv 2407.21439); the words are ours.
+    """
+    asked = (
+        f"Would the retrieved image-caption pair help to answer the following question about the last image?\n"
+        f"{question}\nAnswer with yes or no."
+    )
+    return from_options(asked, image, [reference], lvlm)
 
 
 def clean(text: str) -> str:
@@ -149,29 +167,29 @@ def chat(processor: Any, prompt: Prompt, answer: str | None = None) -> str:
     return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False))
 
 
-def _numbered(captions: Sequence[str], end: str) -> str:
-    return "".join(f"{number}. {IMAGE} {caption}{end}" for number, caption in enumerate(captions, 1))
+def _numbered(shown: Sequence[str], end: str) -> str:
+    return "".join(f"{number}. {one}{end}" for number, one in enumerate(shown, 1))
 
 
-def _readme(captions: Sequence[str], question: str) -> str:
-    return f"<Retrieval>{_numbered(captions, f' {chr(10)}')}</Retrieval> {IMAGE}\n{question}"
+def _readme(shown: Sequence[str], question: str) -> str:
+    return f"<Retrieval>{_numbered(shown, f' {chr(10)}')}</Retrieval> {IMAGE}\n{question}"
 
 
-def _figure(captions: Sequence[str], question: str) -> str:
-    return f"<Retrieval>{'<SEP>'.join(f'{IMAGE} {caption}' for caption in captions)}</Retrieval> {IMAGE}\n{question}"
+def _figure(shown: Sequence[str], question: str) -> str:
+    return f"<Retrieval>{'<SEP>'.join(shown)}</Retrieval> {IMAGE}\n{question}"
 
 
-def _filter(captions: Sequence[str], question: str) -> str:
-    return f"<Retrieval> {_numbered(captions, chr(10)).rstrip(chr(10))} </Retrieval>\n{IMAGE}\n{question}"
+def _filter(shown: Sequence[str], question: str) -> str:
+    return f"<Retrieval> {_numbered(shown, chr(10)).rstrip(chr(10))} </Retrieval>\n{IMAGE}\n{question}"
 
 
-def _evaluation(captions: Sequence[str], question: str) -> str:
-    return f"<Retrieval> {_numbered(captions, chr(10))} </Retrieval>\n{IMAGE} {question}"
+def _evaluation(shown: Sequence[str], question: str) -> str:
+    return f"<Retrieval> {_numbered(shown, chr(10))} </Retrieval>\n{IMAGE} {question}"
 
 
-def _image_only(captions: Sequence[str], question: str) -> str:
-    if len(captions) != 1:
-        raise SurfError(f"layout image_only takes one reference, not {len(captions)}", expected="another lvlm.layout")
+def _image_only(shown: Sequence[str], question: str) -> str:
+    if len(shown) != 1:
+        raise SurfError(f"layout image_only takes one reference, not {len(shown)}", expected="another lvlm.layout")
     return (
         f"Here is a image similar to the test image:\n{IMAGE}\n"
         f"Based on this image and the test image:\n{IMAGE}\nAnswer the question: {question}"

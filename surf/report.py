@@ -2,35 +2,31 @@
 
     python -m surf.report --rounds M --answers M --scores-answers M --reanswers M --scores-reanswers M --catalog M \\
         --pairs results/pairs.parquet --metrics results/pope/metrics.parquet \\
-        --pope-answers results/pope/zero-shot/*.parquet results/pope/surf/*.parquet \\
+        --pope-answers results/evaluate/pope/answers/*/_manifest.json \\
         --model results/model/model.json --out results/report.html FLAGS        (M: the datasets' manifests)
 
 The page loads nothing from anywhere: images are data URIs, charts are SVG, there is no script. Captions and questions come
 from outside, so every value is escaped by the template engine and nothing is ever marked as safe.
 """
 
-import base64
-import hashlib
-import io
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from surf import __version__, cli, config, pope, store
+from surf import __version__, cli, config, pages, pope, store
 from surf import score as judge
-from surf.errors import ImageError, SurfError
+from surf.errors import SurfError
 from surf.images import Images
-from surf.metrics import HEADLINE, METRICS
+from surf.metrics import HEADLINE, METRICS, verdict
 from surf.popetable import BLIND, MEAN, differences
-from surf.prompts import Reference, cut
+from surf.prompts import Reference
 from surf.reanswer import lookup
 
 # step: the step that its share refers to
@@ -38,7 +34,6 @@ STEPS = {"rounds": "", "answered": "rounds", "wrong": "answered", "reanswered": 
 STEPS |= {"positive": "reanswered", "negative": "reanswered", "both": "reanswered", "pairs": "both"}
 SHARDED = ("rounds", "answers", "scores/answers", "reanswers", "scores/reanswers")
 TASKS = ("choice", "short", "box", "caption", "open")
-THUMB_PIXELS, TINY_PIXELS = 256, 128
 MAX_FLIPS, MAX_QUARANTINE, MAX_POINTS = 6, 12, 400
 Row = dict[str, Any]
 
@@ -53,7 +48,7 @@ class Inputs:
     reanswers: Path
     scores_reanswers: Path
     pairs: Path
-    metrics: Path
+    metrics: Path | None
     pope_answers: Sequence[Path] = ()
     catalog: Path | None = None
     model: Path | None = None
@@ -78,11 +73,12 @@ class Inputs:
 
 def report(inputs: Inputs, options: config.Report, score: config.Score, images: Images) -> str:
     """The whole page as text; equal results give an equal page."""
-    return render(
+    return pages.render(
+        "report.html.jinja",
         version=__version__,
         baseline=inputs.baseline,
         tuned=inputs.tuned,
-        thumb=thumbnailer(images),
+        thumb=pages.thumbnailer(images),
         funnel=funnel(inputs, score),
         pope=scores(inputs),
         samples=samples(inputs, options.samples),
@@ -91,31 +87,6 @@ def report(inputs: Inputs, options: config.Report, score: config.Score, images: 
         quarantine=quarantine(inputs.quarantine),
         settings=settings(inputs),
     )
-
-
-def render(**context: Any) -> str:
-    """Fill the template. Escaping is on for everything."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=lambda value: f"{value:,}", percent=percent, cut=cut)
-    return environment.get_template("report.html.jinja").render(**context)
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """0.8793 as `87.9`; a dash where there is no number."""
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}"
-
-
-def stable(keys: Iterable[str], count: int) -> list[str]:
-    """At most `count` of the keys, chosen by hash: the choice depends neither on their order nor on chance."""
-    return sorted(keys, key=lambda key: hashlib.sha256(key.encode()).digest())[:count]
 
 
 # --- the sections -----------------------------------------------------------------------------------------------------
@@ -159,7 +130,7 @@ def funnel(inputs: Inputs, score: config.Score) -> Row:
 
 def scores(inputs: Inputs) -> Row:
     """The metrics by method, split, rule and metric, in the order of the file, and the chart's axis."""
-    rows = store.rows(store.read_table(inputs.metrics, "pope/metrics"))
+    rows = store.rows(store.read_table(inputs.metrics, "pope/metrics")) if inputs.metrics else []
     cells = {(row["method"], row["split"], row["rule"], row["metric"]): row for row in rows}
     methods, splits, rules = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "split", "rule"))
     methods.sort(key=lambda name: name == BLIND)
@@ -191,12 +162,12 @@ def flips(inputs: Inputs, count: int) -> Row:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     groups: dict[str, dict[str, str]] = {"rescued": {}, "harmed": {}}
     for key in sorted(before.keys() & after.keys()):
-        right = before[key]["prediction"] is before[key]["label"], after[key]["prediction"] is after[key]["label"]
-        kind = {(True, True): "both", (False, True): "rescued", (True, False): "harmed", (False, False): "neither"}[right]
+        was, now = (verdict(side[key]["response"]) is side[key]["label"] for side in (before, after))
+        kind = {(True, True): "both", (False, True): "rescued", (True, False): "harmed", (False, False): "neither"}[was, now]
         counts[key.partition("#")[0]][kind] += 1
         if kind in groups:  # one question may stand in several splits: show it once
             groups[kind].setdefault(f"{after[key]['image']}\n{after[key]['question']}", key)
-    chosen = {kind: [keys[text] for text in stable(keys, count)] for kind, keys in groups.items()}
+    chosen = {kind: [keys[text] for text in pages.stable(keys, count)] for kind, keys in groups.items()}
     shown = {key: after[key] | {"before": before[key]["response"]} for keys in chosen.values() for key in keys}
     wanted = {image_id for row in shown.values() for image_id in row["references"] or []}
     known: dict[int, Reference] = lookup(inputs.catalog, wanted) if inputs.catalog and wanted else {}
@@ -208,7 +179,7 @@ def flips(inputs: Inputs, count: int) -> Row:
 
 def samples(inputs: Inputs, count: int) -> list[Row]:
     """Some training samples, each with "said": the response by reference, and the first answer under None."""
-    keys = stable(store.read_table(inputs.pairs, "pairs", ["round_id"])["round_id"].to_pylist(), count)
+    keys = pages.stable(store.read_table(inputs.pairs, "pairs", ["round_id"])["round_id"].to_pylist(), count)
     chosen = pa.array(keys, pa.string())
 
     def rows(path: Path, dataset: str, columns: list[str] | None = None) -> list[Row]:
@@ -259,28 +230,6 @@ def settings(inputs: Inputs) -> Row:
     return {"datasets": datasets, "model": name}
 
 
-def thumbnailer(images: Images) -> Callable[[str], Row | None]:
-    """A function from an image's name to {src, width, height, tiny}; None for an image that cannot be used."""
-
-    @lru_cache(maxsize=512)
-    def thumb(name: str) -> Row | None:
-        from PIL import Image
-
-        try:
-            image = images.open(name).copy()  # the original may be shared
-        except ImageError:
-            return None
-        image.thumbnail((THUMB_PIXELS, THUMB_PIXELS), Image.Resampling.LANCZOS)
-        tiny = max(image.size) <= TINY_PIXELS
-        kind = "png" if tiny else "jpeg"
-        sink = io.BytesIO()
-        image.save(sink, kind, quality=82, optimize=True)
-        src = f"data:image/{kind};base64,{base64.b64encode(sink.getvalue()).decode()}"
-        return {"src": src, "width": image.width, "height": image.height, "tiny": tiny}
-
-    return thumb
-
-
 def main() -> None:
     """Command line."""
     one, many = {"type": Path}, {"type": Path, "nargs": "*", "default": ()}
@@ -289,15 +238,16 @@ def main() -> None:
         prog="report",
         about=__doc__ or "",
         sections=["report", "score", "images"],
-        paths=["rounds", "answers", "scores_answers", "reanswers", "scores_reanswers", "pairs", "metrics", "out"],
+        paths=["rounds", "answers", "scores_answers", "reanswers", "scores_reanswers", "pairs", "out"],
         extras={
-            "pope_answers": {**many, "help": "files of pope/answers"},
+            "metrics": {**one, "nargs": "?", "help": "pope/metrics; shows the POPE scores"},
+            "pope_answers": {**many, "help": "evaluate/answers to POPE tasks, or their manifests"},
             "catalog": {**one, "help": "manifest; shows the references of POPE questions"},
             "model": {**one, "help": "model.json; shows the loss curve"},
             "quarantine": {**many, "help": "files of quarantine"},
             "baseline": {"default": "zero-shot", "help": "POPE method that rescues and harms start from"},
             "tuned": {"default": "surf", "help": "POPE method that rescues and harms lead to"},
-            "resamples": {"type": int, "default": 2000, "help": "as pope.resamples"},
+            "resamples": {"type": int, "default": 2000, "help": "as evaluate.resamples"},
             "seed": {"type": int, "default": 0},
         },
     )

@@ -1,4 +1,4 @@
-"""The most similar corpus images of every image of one part of `rounds` or `pope/questions`.
+"""The most similar corpus images of every image of one part of `rounds` or `evaluate/questions`.
 
     python -m surf.retrieve --queries results/rounds/part-….parquet --dataset rounds --index results/index/index.faiss \\
         --embeddings results/embeddings/_manifest.json --catalog results/catalog/_manifest.json --out … --quarantine … FLAGS
@@ -125,7 +125,7 @@ def main() -> None:
         about=__doc__ or "",
         sections=["retrieve", "embed", "images"],
         paths=["queries", "index", "embeddings", "catalog", "out", "quarantine"],
-        extras={"dataset": {"required": True, "choices": ["rounds", "pope/questions"]}},
+        extras={"dataset": {"required": True, "choices": ["rounds", "evaluate/questions"]}},
     )
     clock = Clock()
     names = sorted(set(store.read_table(args.queries, args.dataset, ["image"])["image"].to_pylist()))

@@ -32,6 +32,18 @@ SCORES = pa.schema(
     ]
 )
 
+QUESTIONS = pa.schema(
+    [
+        ("question_id", pa.string()),  # "<split>#<id of the file>"
+        ("split", pa.string()),
+        ("image", pa.string()),
+        ("question", pa.string()),  # without the suffix
+        ("answers", pa.list_(pa.string())),  # all that are right
+        ("choices", pa.list_(pa.string())),  # null for open questions
+        ("category", pa.string()),
+    ]
+)
+
 SCHEMAS: dict[str, pa.Schema] = {
     "catalog": pa.schema([("image_id", pa.int64()), ("image", pa.string()), ("caption", pa.string())]),
     # embedding: L2-normalised; null where the image could not be read. The list has a fixed size (the model's
@@ -71,23 +83,49 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("negative", REFERENCE),
         ]
     ),
-    "pope/questions": pa.schema(
-        [
-            ("question_id", pa.string()),  # "<split>#<question_id of the file>"
-            ("image", pa.string()),
-            ("question", pa.string()),
-            ("label", pa.bool_()),
-        ]
-    ),
-    "pope/answers": pa.schema(
+    "evaluate/questions": QUESTIONS,
+    "evaluate/candidates": pa.schema(
         [
             ("question_id", pa.string()),
-            ("image", pa.string()),
-            ("question", pa.string()),
-            ("label", pa.bool_()),
+            ("image_id", pa.int64()),
+            ("score", pa.float32()),  # higher is better; what of stands in the file's name: caption | relevance | gold
+        ]
+    ),
+    "evaluate/answers": pa.schema(
+        [
+            *QUESTIONS,
             ("response", pa.string()),
-            ("prediction", pa.bool_()),  # null: neither yes nor no
-            ("references", pa.list_(pa.int64())),
+            ("references", pa.list_(pa.int64())),  # in the prompt, in its order; empty where none was kept or asked for
+            ("confidence", pa.float32()),  # probability of the answer without references; null without a gate
+        ]
+    ),
+    "evidence/scores": pa.schema(
+        [
+            ("task", pa.string()),
+            ("method", pa.string()),
+            ("question_id", pa.string()),
+            ("split", pa.string()),
+            ("image", pa.string()),
+            ("score", pa.float32()),  # in [0, 1]
+            ("right", pa.bool_()),  # score >= 0.5; null for captions
+            ("leaked", pa.bool_()),  # the photograph is in the retrieval corpus too
+            ("balanced", pa.bool_()),  # among the questions on which no prior helps
+            ("references", pa.int32()),  # how many stood in the prompt
+        ]
+    ),
+    "evidence/measures": pa.schema(
+        [
+            ("task", pa.string()),
+            ("split", pa.string()),  # all: the task's splits together
+            ("subset", pa.string()),  # all | leaked | unleaked | balanced
+            ("method", pa.string()),
+            ("against", pa.string()),  # the method that it is compared with; null if none
+            ("measure", pa.string()),  # score | rescue | harm | difference | changed | references | numbers of the task's own
+            ("value", pa.float64()),
+            ("low", pa.float64()),  # 95 % interval; null where it is not defined
+            ("high", pa.float64()),
+            ("p", pa.float64()),  # McNemar's exact test, of differences
+            ("questions", pa.int64()),
         ]
     ),
     "pope/metrics": pa.schema(
@@ -115,8 +153,11 @@ KEYS: dict[str, list[str]] = {
     "scores/answers": ["round_id", "rank"],
     "scores/reanswers": ["round_id", "rank"],
     "pairs": ["round_id"],
-    "pope/questions": ["question_id"],
-    "pope/answers": ["question_id"],
+    "evaluate/questions": ["question_id"],
+    "evaluate/candidates": ["question_id", "image_id"],
+    "evaluate/answers": ["question_id"],
+    "evidence/scores": ["task", "method", "question_id"],
+    "evidence/measures": ["task", "split", "subset", "method", "against", "measure"],
     "pope/metrics": ["method", "split", "rule", "metric"],
     "quarantine": ["dataset", "key"],
 }

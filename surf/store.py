@@ -232,6 +232,11 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
     return paths
 
 
+def files_of(paths: Iterable[Path], dataset: str) -> list[Path]:
+    """The files themselves, and those that manifests among `paths` list."""
+    return [file for path in paths for file in (parts_of(path, dataset) if path.name == MANIFEST else [path])]
+
+
 def _read_part(path: Path, dataset: str, columns: Sequence[str] | None) -> pa.Table:
     meta = footer(path)[1]
     if meta.get("dataset") != dataset:
@@ -285,7 +290,7 @@ class Partial:
 
     def __init__(self, out: Path, dataset: str, **depends_on: Any) -> None:
         text = json.dumps(depends_on, sort_keys=True, default=str)
-        self.dataset = dataset
+        self.out, self.dataset = out, dataset
         self.folder = out.parent / "_partial" / out.stem / hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def read(self) -> pa.Table:

@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 TRIGGERS = ["--rerun-triggers", "mtime", "params", "input"]
 
@@ -15,10 +17,19 @@ TRIGGERS = ["--rerun-triggers", "mtime", "params", "input"]
 class Workflow:
     """`snakemake` in a folder that links to the repository's Snakefile, rules, config and demo models."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, methods=()):
+        """`methods`: the evaluation is cut down to these, and to no variant that they do not use."""
         self.folder = folder
         for name in ("Snakefile", "rules", "config.yaml", "configs", "surf", "profiles"):
             (folder / name).symlink_to(ROOT / name)
+        if methods:
+            config = yaml.safe_load((ROOT / "config.yaml").read_text())
+            found = {name: config["evaluate"]["methods"][name] for name in methods}
+            config["evaluate"].update(methods=found, sweeps={})
+            models = {method["model"] for method in found.values()}
+            config["variants"] = {name: one for name, one in config["variants"].items() if name in models}
+            (folder / "config.yaml").unlink()
+            (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
     def run(self, *words, check=True):
         """Run it; the finished process, with its output in `.output`."""

@@ -44,7 +44,7 @@ class Clip:
     def __init__(self, model: Any, transform: Any, images: Images, options: config.Embed, device: str) -> None:
         import torch
 
-        self.options, self.device, self.meter = options, device, Meter()
+        self.model, self.options, self.device, self.meter = model, options, device, Meter()
         self.dim = int(model.visual.output_dim)
         crop, mean, std = _split(transform)
         height, width = model.visual.image_size
@@ -64,6 +64,22 @@ class Clip:
             vectors[numbers] = found
             errors.update({names[number]: error for number, error in bad.items()})
         return vectors, errors
+
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [len(texts), dim], L2-normalised. CLIP reads as many tokens of a text as fit into its context (77)."""
+        import open_clip
+        import torch
+
+        tokenize = open_clip.get_tokenizer(self.options.model)
+        vectors = np.zeros((len(texts), self.dim), np.float32)
+        size = self.options.batch_size
+        with torch.inference_mode():
+            for start in range(0, len(texts), size):
+                batch = list(texts[start : start + size])
+                tokens = tokenize(batch + [""] * (size - len(batch))).to(self.device)  # one shape for all, as for images
+                features = torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
+                vectors[start : start + len(batch)] = features[: len(batch)].cpu().numpy()
+        return vectors
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
         """See `surf.models.Encoder`."""

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from cluster import Cluster, copy_of_the_project, install, obstacle
 
-GPU_STAGES = {"embed", "retrieve", "pope_retrieve", "score", "answer", "reanswer", "pope_answer", "finetune"}
-CPU_STAGES = {"build_index", "pair"}
+GPU_STAGES = {"embed", "retrieve", "score", "answer", "reanswer", "finetune"}
+GPU_STAGES |= {"evaluate_retrieve", "evaluate_candidates", "evaluate_answer", "variant_finetune"}
+CPU_STAGES = {"build_index", "pair", "variant_pair"}
 TWO_NODES = ["--config", "finetune={nodes: 2, processes: 1}"]
 
 
@@ -108,6 +109,7 @@ def compare(local: Path, ours: Path) -> None:
     """Every dataset, byte for byte."""
     names = [path.relative_to(local) for path in sorted((local / "results").rglob("*.parquet"))]
     names += [Path("results/pairs.json"), Path("results/index/index.faiss"), Path("results/pope/metrics.md")]
+    names += [Path("results/evidence/table.md"), Path("results/evidence/index.html")]
     other = [str(name) for name in names if (local / name).read_bytes() != (ours / name).read_bytes()]
     print(
         f"  {len(names) - len(other)} of {len(names)} files are byte for byte those of the local run {other or ''}", flush=True

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from surf import catalog, cli, merge, pair, pope, reanswer, retrieve, score, split, store
+from surf import catalog, cli, evaluate, merge, pair, reanswer, retrieve, score, split, store
 
 QUESTION = {"question_id": 1, "image": "a.jpg", "text": "Is there a dog in the image?", "label": "yes"}
 
@@ -36,7 +36,7 @@ def fail(capsys, main, words):
 
 CATALOG = "--out out --quarantine q.parquet --shards 1 --catalog.captions"
 SPLIT = "--part part-00000-of-00001 --out out.parquet --quarantine q.parquet --split.conversations"
-QUESTIONS = "--split random --out out.parquet --file"
+QUESTIONS = "questions --task pope --kind pope --out out.parquet --files"
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "{}", "[]", "null", "\x00\x01\x02"])
@@ -92,7 +92,7 @@ def test_an_unknown_flag(here, capsys):
 )
 def test_question_files(here, capsys, lines, message):
     (here / "p.json").write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    found = fail(capsys, pope.main, f"questions {QUESTIONS} p.json")
+    found = fail(capsys, evaluate.main, f'{QUESTIONS} {{"random":"p.json"}}')
     assert "p.json" in found and message in found
 
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from surf import cli, config, describe
 from surf.errors import SurfError
+from surf.methods import Method
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = {
     "catalog": {"captions": ["c.json"]},
     "split": {"conversations": ["s.json"]},
-    "pope": {"questions": {"random": "p.json"}},
+    "evaluate": {"tasks": {"pope": {"kind": "pope", "files": {"random": "p.json"}}}},
 }
 
 
@@ -58,10 +59,21 @@ def test_documentation_of_the_keys_is_up_to_date():
         (with_(score={"wrong_below": 0.95}), "score.wrong_below must not exceed score.right_above"),
         (with_(score={"judge": "loglik"}), "score.judge: loglik needs answer.gold_loglik: true"),
         (with_(pair={"mix": {"positive_only": 0.6, "no_reference": 0.6}}), "must not add up to more than 1"),
-        (with_(pope={"methods": {"a b": {"model": "base", "references": 0}}}), "pope.methods.a b"),
-        (with_(pope={"methods": {"x": {"model": "best", "references": 0}}}), "pope.methods.x.model = 'best'"),
-        (with_(pope={"methods": {"neighbors": {"model": "base", "references": 0}}}), "this name is taken"),
-        (with_(pope={"questions": {}}), "pope.questions must name at least one question file"),
+        (with_(evaluate={"methods": {"a b": {"model": "base"}}}), "evaluate.methods.a b"),
+        (with_(evaluate={"methods": {"x": {"model": "best"}}}), "evaluate.methods.x.model = 'best'"),
+        (with_(evaluate={"methods": {"image-blind": {"model": "base"}}}), "this name is taken"),
+        (with_(evaluate={"methods": {"x": {"model": "base", "references": 11}}}), "must not exceed retrieve.references"),
+        (with_(evaluate={"methods": {"x": {"model": "base", "gate": 0.5}}}), "gate without references"),
+        (
+            with_(evaluate={"methods": {"x": {"model": "base", "references": 1, "source": "random", "keep": 0.5}}}),
+            "choose among retrieved references, not random ones",
+        ),
+        (with_(evaluate={"tasks": {}}), "evaluate.tasks must name at least one task"),
+        (with_(evaluate={"tasks": {"x": {"kind": "pope", "files": {"all": "f"}}}}), "this name is taken"),
+        (with_(evaluate={"sweeps": {"of": ["zero-shot"]}}), "'zero-shot' is no method with references"),
+        (with_(variants={"tuned": {}}), "variants.tuned: this name is taken"),
+        (with_(variants={"x": {"pair": {"smaples": 1}}}), "variants.x.smaples = 1: there is no such key"),
+        (with_(variants={"x": {"finetune": {"nodes": 2}}}), "variants.x.finetune.nodes"),
         ({}, "catalog: is missing"),
     ],
 )
@@ -70,6 +82,31 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(values, messag
         config.parse(values)
     lines = [line for line in str(error.value).splitlines() if message in line]
     assert len(lines) == 1
+
+
+def test_a_variant_is_the_main_fine_tune_but_for_its_keys():
+    values = with_(pair={"samples": 7}, variants={"x": {"pair": {"mix": {"no_reference": 1}}, "finetune": {"epochs": 1}}})
+    pair, finetune = config.parse(values).variant("x")
+    assert (pair.samples, pair.mix.no_reference, finetune.epochs, finetune.learning_rate) == (7, 1, 1, 1e-5)
+
+
+def test_sweeps_make_methods_that_differ_in_one_key():
+    methods = {
+        "zero-shot": {"model": "base"},
+        "rag": {"model": "base", "references": 2},
+        "filter": {"model": "base", "references": 2, "keep": 0.5},
+        "surf": {"model": "tuned", "references": 2},
+        "wild": {"model": "tuned", "references": 2, "source": "random"},
+    }
+    sweeps = {"k": [1, 2], "source": ["random", "oracle"], "order": ["reversed"], "show": ["image"]}
+    found = config.parse(with_(evaluate={"methods": methods, "sweeps": sweeps})).evaluate.all_methods()
+    of_rag = {"rag@k1", "rag@random", "rag@oracle", "rag@reversed", "rag@image"}
+    of_surf = {"surf@k1", "surf@oracle", "surf@reversed", "surf@image"}  # surf@random is there already: wild
+    assert set(found) == set(methods) | of_rag | of_surf
+    assert found["rag@k1"] == Method(model="base", references=1)
+    assert found["surf@oracle"] == Method(model="tuned", references=2, source="oracle")
+    one = config.parse(with_(evaluate={"methods": methods, "sweeps": {"of": ["filter"], "order": ["shuffled"]}}))
+    assert set(one.evaluate.all_methods()) == set(methods) | {"filter@shuffled"}
 
 
 def test_sections_are_frozen():

@@ -220,3 +220,13 @@ def test_json_is_the_original_readmes_format():
     assert pair.original_json(sample(False))["images"] == ["n.jpg", "p.jpg"]
     none = pair.original_json(sample(True, "no_reference"))
     assert none["images"] == none["labels"] == [] and none["conversations"][0]["value"] == "<image>\nWhat?"
+
+
+def test_mixes_can_be_made_of_the_same_questions():
+    verdicts = {f"b{n}": [True, False] for n in range(6)} | {f"p{n}": [True] for n in range(6)}
+    labelled = list(pair.label(*shard(verdicts), JUDGE))
+    pairs = {row["round_id"] for row in pair.choose(labelled, config.Pair(), 0)}
+    for kind in ("positive_only", "no_reference"):
+        options = config.Pair(rounds="both", mix={kind: 1.0})
+        chosen = pair.choose(labelled, options, 0)
+        assert {row["round_id"] for row in chosen} == pairs and {row["kind"] for row in chosen} == {kind}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from popedata import answer_rows, question_rows, write_lines
 
-from surf import metrics, pope, store
+from surf import evaluate, metrics, pope, store
 from surf.errors import SurfError
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared/data/pope"
@@ -24,17 +24,22 @@ def question_file(tmp_path):
 
 
 def test_questions_become_a_table(tmp_path, question_file):
-    pope.main(["questions", "--file", str(question_file), "--split", "random", "--out", str(tmp_path / "out.parquet")])
-    rows = store.rows(store.read_table(tmp_path / "out.parquet", "pope/questions"))
+    files = json.dumps({"random": str(question_file)})
+    evaluate.main(["questions", "--task", "pope", "--kind", "pope", "--files", files, "--out", str(tmp_path / "out.parquet")])
+    rows = store.rows(store.read_table(tmp_path / "out.parquet", "evaluate/questions"))
     assert len(rows) == 48
     first = question_rows()[0]
     assert rows[0] == {
         "question_id": "random#1",
         "image": first["image"],
         "question": first["text"],
-        "label": first["label"] == "yes",
+        "answers": [first["label"]],
+        "split": "random",
+        "choices": None,
+        "category": None,
     }
-    assert store.footer(tmp_path / "out.parquet")[1]["source"] == "questions.json"
+    meta = store.footer(tmp_path / "out.parquet")[1]
+    assert (meta["task"], meta["kind"], list(json.loads(meta["sources"]))) == ("pope", "pope", ["random"])
 
 
 @pytest.mark.parametrize("layout", ["list", "crlf", "bom", "blank lines"])
@@ -188,7 +193,7 @@ def test_score_command_line(tmp_path, question_file):
     answers = write_lines(tmp_path / "answers.jsonl", answer_rows(question_rows(), flip={1}))
     command = [sys.executable, "-m", "surf.pope", "score", "--questions", str(question_file), "--answers", str(answers)]
     done = subprocess.run(
-        [*command, "--json", str(tmp_path / "out.json"), "--pope.resamples", "50"], capture_output=True, text=True, check=True
+        [*command, "--json", str(tmp_path / "out.json"), "--resamples", "50"], capture_output=True, text=True, check=True
     )
     names = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert names == ["rule", *metrics.RULES, "image-blind"]

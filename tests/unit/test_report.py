@@ -51,9 +51,9 @@ def build(
     runs = pope_runs(flips)
     files = []
     for method, splits in runs.items():
-        for split, rows in splits.items():
-            files.append(root / "pope" / method / f"{split}.parquet")
-            store.write_table(files[-1], store.table_of(rows, "pope/answers"), "pope/answers")
+        files.append(root / "evaluate" / "pope" / "answers" / f"{method}.parquet")
+        table = store.table_of([row for rows in splits.values() for row in rows], "evaluate/answers")
+        store.write_table(files[-1], table, "evaluate/answers", {"task": "pope", "kind": "pope", "method": method})
     measured = popetable.measure(runs, 50, 0)
     store.write_table(root / "pope" / "metrics.parquet", store.table_of(measured, "pope/metrics"), "pope/metrics")
     curve = [{"step": step, "loss": 2.0 / step, "lr": 1e-5} for step in range(1, 9)]
@@ -127,7 +127,7 @@ def pope_runs(flips: bool) -> dict[str, dict[str, list[dict]]]:
                 label = number % 2 == 0
                 said = "yes" if method == "zero-shot" and flips else "yes" if label != (number % 5 == 0) else "no"
                 row = {"question_id": f"{split}#{number}", "image": f"{'abc'[number % 3]}.png", "question": f"{EVIL} {number}"}
-                row |= {"label": label, "response": said, "prediction": verdict(said)}
+                row |= {"split": split, "label": label, "answers": ["yes" if label else "no"], "response": said}
                 rows.append(row | {"references": [0, 1, 99] if method == "surf" else []})
     return runs
 
@@ -233,7 +233,7 @@ def test_samples_show_each_reference_with_its_reanswer(tree):
 def test_rescues_and_harms_are_counted_by_split(tree):
     found = report.flips(tree, 3)
     before, after = pope_runs(True)["zero-shot"]["random"], pope_runs(True)["surf"]["random"]
-    right = [(a["prediction"] == a["label"], b["prediction"] == b["label"]) for a, b in zip(before, after, strict=True)]
+    right = [tuple(verdict(row["response"]) == row["label"] for row in rows) for rows in zip(before, after, strict=True)]
     expected = {"rescued": right.count((False, True)), "harmed": right.count((True, False)), "both": right.count((True, True))}
     assert {kind: found["counts"]["random"][kind] for kind in expected} == expected
     assert len(found["rescued"]) == 3

@@ -24,10 +24,14 @@ def test_the_example_is_every_stage_over_its_shards(workflow):
         "merge": 7,
         "pair": 1,
         "finetune": 1,
-        "pope_questions": 3,
-        "pope_retrieve": 3,
-        "pope_answer": 9,
+        "variant_pair": 3,
+        "variant_finetune": 3,
+        "evaluate_questions": 1,
+        "evaluate_retrieve": 1,
+        "evaluate_candidates": 1,
+        "evaluate_answer": 5,
         "pope": 1,
+        "evidence": 1,
         "report": 1,
         "all": 1,
     }
@@ -49,9 +53,10 @@ def test_more_shards_more_jobs_and_nothing_else(workflow):
         ("neighbors", {"retrieve", "build_index"}, {"answer", "reanswer"}),
         ("reanswers", {"reanswer", "answer", "retrieve"}, {"pair", "finetune"}),
         ("scores", {"score", "reanswer"}, {"pair"}),
-        ("pairs", {"pair"}, {"finetune", "pope_answer"}),
-        ("model", {"finetune"}, {"pope_answer"}),
-        ("pope", {"pope", "finetune"}, {"report"}),
+        ("pairs", {"pair"}, {"finetune", "evaluate_answer"}),
+        ("model", {"finetune"}, {"variant_finetune", "evaluate_answer"}),
+        ("pope", {"pope", "finetune"}, {"report", "evidence"}),
+        ("evidence", {"evidence", "finetune", "variant_finetune"}, {"report", "pope"}),
         ("report", {"report", "pope"}, set()),
         ("results/answers/part-00001-of-00002.parquet", {"answer"}, {"merge", "embed"}),
     ],
@@ -74,9 +79,10 @@ def test_check_needs_neither_data_nor_other_jobs_and_fails_with_what_it_finds(wo
 def test_the_papers_run_shows_its_dag_without_data_and_says_what_is_missing_before_the_first_job(workflow):
     plan = workflow.plan("--configfile", "configs/llava-1.5-7b.yaml")
     assert (plan["embed"], plan["answer"], plan["finetune"], "demo" in plan) == (50, 200, 1, False)
+    assert (plan["evaluate_questions"], plan["variant_finetune"]) == (7, 3)
     done = workflow.run("--configfile", "configs/llava-1.5-7b.yaml", check=False)
     assert done.returncode != 0
-    for missing in ("data/images", "data/llava_v1_5_mix665k.json", "data/pope/coco_pope_random.json"):
+    for missing in ("data/images", "data/llava_v1_5_mix665k.json", "data/pope/coco_pope_random.json", "data/emoset/test.json"):
         assert missing in done.output
     assert "docs/data.md" in done.output
     assert not list((workflow.folder / "results/llava-1.5-7b").rglob("*.parquet"))
@@ -84,7 +90,11 @@ def test_the_papers_run_shows_its_dag_without_data_and_says_what_is_missing_befo
 
 def test_a_config_file_takes_the_place_of_the_examples(workflow):
     """Snakemake would lay it over config.yaml, and the example's settings would shine through."""
-    minimal = {"catalog": {"captions": ["c"]}, "split": {"conversations": ["s"]}, "pope": {"questions": {"only": "p"}}}
+    minimal = {
+        "catalog": {"captions": ["c"]},
+        "split": {"conversations": ["s"]},
+        "evaluate": {"tasks": {"pope": {"kind": "pope", "files": {"only": "p"}}}},
+    }
     (workflow.folder / "mine.yaml").write_text(yaml.safe_dump(minimal))
     output = workflow.run("-n", "-p", "--configfile", "mine.yaml").output
     assert "llava-hf/llava-1.5-7b-hf" in output

@@ -10,13 +10,14 @@ from surf import store
 from surf.schemas import SCHEMAS
 
 PROFILE = ["--profile", "profiles/local", "--resources", "gpu=2"]
+METHODS = ("zero-shot", "vanilla-rag", "rerank-rag", "surf")  # the others differ by what unit tests look at
 SHARDED = ["catalog", "embeddings", "rounds", "answers", "neighbors", "reanswers", "scores/answers", "scores/reanswers"]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The example, run with the shards of config.yaml."""
-    made = Workflow(tmp_path_factory.mktemp("example"))
+    made = Workflow(tmp_path_factory.mktemp("example"), methods=METHODS)
     made.run(*PROFILE)
     return made
 
@@ -91,13 +92,28 @@ def test_pairs_in_the_originals_format(finished):
 def test_the_table_holds_every_method_split_and_rule(finished):
     rows = store.rows(store.read_table(finished.folder / "results/pope/metrics.parquet", "pope/metrics"))
     found = {(row["method"], row["split"], row["rule"]) for row in rows if row["metric"] == "accuracy"}
-    for method in ("zero-shot", "vanilla-rag", "surf"):
+    for method in METHODS:
         for split in ("random", "popular", "adversarial"):
             assert {(method, split, rule) for rule in ("surf", "official", "lmms-eval", "vlmevalkit", "surf-released")} <= found
     assert any(method == "image-blind" for method, _, _ in found)
     headline = {(r["method"], r["split"]): r for r in rows if r["rule"] == "surf" and r["metric"] == "accuracy"}
     base = headline["zero-shot", "random"]
     assert 0.6 < base["low"] < base["value"] < base["high"] < 0.95, "clearly better than chance and clearly imperfect"
+
+
+def test_the_evidence_holds_every_method_and_the_lines_beside_them(finished):
+    folder = finished.folder / "results/evidence"
+    rows = store.rows(store.read_table(folder / "measures.parquet", "evidence/measures"))
+    whole = {(r["method"], r["measure"], r["against"]): r for r in rows if (r["split"], r["subset"]) == ("all", "all")}
+    for method in (*METHODS, "image-blind", "chance"):
+        assert 0 < whole[method, "score", None]["value"] < 1
+    for measure in ("rescue", "harm", "difference"):
+        row = whole["surf", measure, "zero-shot"]
+        assert row["low"] <= row["value"] <= row["high"]
+    for name in ("scores.parquet", "measures.csv", "table.md", "pope.svg"):
+        assert (folder / name).stat().st_size > 0
+    page = (folder / "index.html").read_text()
+    assert page.count("data:image/") > 10 and "https://" not in page and "<script" not in page
 
 
 def test_the_model_is_a_plain_hugging_face_folder(finished):
@@ -158,7 +174,7 @@ def test_parts_of_another_number_of_shards_are_named_and_never_read(finished):
 
 
 def test_five_shards_give_the_same_pairs_and_the_same_answers(finished, tmp_path_factory):
-    other = Workflow(tmp_path_factory.mktemp("five"))
+    other = Workflow(tmp_path_factory.mktemp("five"), methods=METHODS)
     other.run("pairs", *PROFILE, "--config", 'shards={"corpus": 5, "rounds": 5}')
     ours, theirs = finished.folder / "results", other.folder / "results"
     assert (theirs / "pairs.parquet").read_bytes() == (ours / "pairs.parquet").read_bytes()
@@ -168,5 +184,5 @@ def test_five_shards_give_the_same_pairs_and_the_same_answers(finished, tmp_path
         tables = [sorted(rows, key=lambda row: (str(next(iter(row.values()))), row["rank"])) for rows in tables]
         assert tables[0] == tables[1]
     other.run("pope", *PROFILE, "--config", 'shards={"corpus": 5, "rounds": 5}')
-    for path in sorted((ours / "pope").glob("*/*.parquet")):
+    for path in sorted((ours / "evaluate").rglob("*.parquet")):
         assert path.read_bytes() == (theirs / path.relative_to(ours)).read_bytes(), path

@@ -7,7 +7,8 @@ from flow import TRIGGERS, Workflow
 
 from surf import store
 
-CHEAP = {"merge", "all", "report", "pope", "resolved_config"}
+CHEAP = {"merge", "all", "report", "pope", "evidence", "resolved_config"}
+TUNED = {"finetune", "variant_pair", "variant_finetune", "evaluate_answer"}  # what follows from the scores
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +48,49 @@ def test_code_without_a_version_bump_reruns_nothing(finished):
 
 def test_answer_temperature(finished):
     rules = changed(finished, answer={"temperature": 0.5})
-    assert rules == {"answer", "score", "reanswer", "pair", "finetune", "pope_answer"}
+    assert rules == {"answer", "score", "reanswer", "pair"} | TUNED
     plan = finished.plan(config={"answer": {"temperature": 0.5}})
-    assert plan["pope_answer"] == 3, "only the tuned model's answers"
+    assert plan["evaluate_answer"] == 4, "only the tuned models' answers"
 
 
 def test_embed_model(finished):
     rules = changed(finished, embed={"model": "ViT-B-32", "pretrained": "openai"})
-    assert {"embed", "build_index", "retrieve", "pope_retrieve", "reanswer"} <= rules
+    assert {"embed", "build_index", "retrieve", "evaluate_retrieve", "evaluate_candidates", "reanswer"} <= rules
     assert not rules & {"catalog", "split", "answer"}
-    assert finished.plan(config={"embed": {"model": "ViT-B-32", "pretrained": "openai"}})["pope_answer"] == 6
+    assert finished.plan(config={"embed": {"model": "ViT-B-32", "pretrained": "openai"}})["evaluate_answer"] == 5
 
 
 def test_pair_samples(finished):
-    assert changed(finished, pair={"samples": 10}) == {"pair", "finetune", "pope_answer"}
+    assert changed(finished, pair={"samples": 10}) == {"pair"} | TUNED
 
 
 def test_finetune_learning_rate(finished):
-    assert changed(finished, finetune={"learning_rate": 1e-6}) == {"finetune", "pope_answer"}
+    assert changed(finished, finetune={"learning_rate": 1e-6}) == TUNED - {"variant_pair"}
 
 
-def test_a_new_method_is_answered_and_no_other(finished):
-    plan = finished.plan(config={"pope": {"methods": {"one": {"model": "base", "references": 1}}}})
-    assert plan["pope_answer"] == 3 and not set(plan) - CHEAP - {"pope_answer"}
+def test_a_new_method_is_answered_and_no_other_model_asked(finished):
+    plan = finished.plan(config={"evaluate": {"methods": {"one": {"model": "base", "references": 1}}}})
+    assert plan["evaluate_answer"] == 1 and not set(plan) - CHEAP - {"evaluate_answer"}
+
+
+def test_a_sweep_is_a_line_of_config(finished):
+    plan = finished.plan(config={"evaluate": {"sweeps": {"source": ["random", "oracle"], "k": [1, 4]}}})
+    assert plan["evaluate_answer"] == 2 and plan["evaluate_candidates"] == 1, "of two models; by the gold answer's likelihood"
+    assert not set(plan) - CHEAP - {"evaluate_answer", "evaluate_candidates"}
+
+
+def test_another_interval_asks_no_model(finished):
+    assert changed(finished, evaluate={"resamples": 100}) == set()
+
+
+def test_a_variant_is_trained_and_no_other(finished):
+    change = {"variants": {"long": {"finetune": {"epochs": 9}}}, "evaluate": {"methods": {"long": {"model": "long"}}}}
+    plan = finished.plan(config=change)
+    assert {name: plan[name] for name in TUNED if plan[name]} == {
+        "variant_pair": 1,
+        "variant_finetune": 1,
+        "evaluate_answer": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,6 +131,6 @@ def test_version_bump_reruns_its_stage(finished, monkeypatch):
     snakefile.unlink()
     snakefile.write_text(plain.replace('include: "rules/common.smk"', 'include: "bump.smk"\ninclude: "rules/common.smk"'))
     try:
-        assert set(finished.plan()) - CHEAP == {"answer", "score", "reanswer", "pair", "finetune", "pope_answer"}
+        assert set(finished.plan()) - CHEAP == {"answer", "score", "reanswer", "pair"} | TUNED
     finally:
         snakefile.write_text(plain)
