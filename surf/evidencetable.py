@@ -19,7 +19,7 @@ HOW_TO_READ = (
     "Percent; in brackets the 95 % interval, bootstrap over images. *Random*: the score of the same model with as many random"
     " references. *Rescue*: of the questions that {zero} gets wrong, the share that the method gets right. *Harm*: of those"
     " that it gets right, the share that the method gets wrong. *Minus*: difference of the scores in points, both on the same"
-    " resampled images, and p of McNemar's exact test on the questions that one of the two gets right. *Refs*: references in"
+    " resampled images, and p of McNemar's exact test with images as units. *Refs*: references in"
     " the prompt, on average. `image-blind` answers by what is mostly true of the same question on other images; `chance`"
     " guesses."
 )

@@ -87,13 +87,27 @@ def jackknife(measure: Callable[[np.ndarray], dict[str, float]], images: Sequenc
     return found
 
 
-def mcnemar(rescued: int, harmed: int) -> float:
-    """Exact two-sided p of McNemar's test (1947): are changes for the better as likely as changes for the worse?"""
-    changed = rescued + harmed
-    if changed == 0:
-        return 1.0
-    ways = tail = 1  # whole numbers of any size: nothing underflows
-    for fewer in range(min(rescued, harmed)):
-        ways = ways * (changed - fewer) // (fewer + 1)
-        tail += ways
-    return min(1.0, 2 * tail / 2**changed)
+def mcnemar(changes: np.ndarray, images: Sequence[str]) -> float:
+    """Exact two-sided p of McNemar's test (1947) with images as units: are changes for the better as likely as for the worse?
+
+    The sum of each image's changes gets either sign with probability 1/2; p is the probability of a total at least as far
+    from zero as the one found. With one question an image this is McNemar's exact test. Questions on one image, and the same
+    question in several splits, do not count as if they were independent.
+
+    Args:
+        changes: int64 [questions]: 1 where only the first method is right, -1 where only the second one is, else 0.
+        images: the image of each question.
+    """
+    _, place = np.unique(np.asarray(images, dtype=object).astype(str), return_inverse=True)
+    sums = np.bincount(place, weights=changes).astype(np.int64)
+    sizes = np.abs(sums[sums != 0])
+    reach = int(sizes.sum())
+    chances = np.zeros(2 * reach + 1)  # of every total from -reach to reach
+    chances[reach] = 1.0
+    for size in sizes.tolist():
+        moved = np.zeros_like(chances)
+        moved[size:] += chances[:-size] / 2
+        moved[:-size] += chances[size:] / 2
+        chances = moved
+    far = np.abs(np.arange(-reach, reach + 1)) >= abs(int(sums.sum()))
+    return min(1.0, float(chances[far].sum()))

@@ -4,8 +4,7 @@
     score       mean score of the questions                                                  –
     rescue      share of the questions that `against` gets wrong and the method right        zero-shot
     harm        share of the questions that `against` gets right and the method wrong        zero-shot
-    difference  mean score minus that of `against`, paired; p by McNemar's exact test, in    zero-shot, vanilla, sweep's base
-                which a question that several splits ask counts once
+    difference  mean score minus that of `against`, paired; p by McNemar's exact test        zero-shot, vanilla, sweep's base
     changed     share of all questions of which one of the two is right and the other wrong  a sweep's base
     references  mean number of references in the prompt                                      –
     others      the task's own numbers of the whole (`Task.metrics`)                         –
@@ -160,8 +159,6 @@ def _paired(
 ) -> list[Row]:
     """Measures that are ratios of sums over questions, of all runs at once: they share the draws. `judged`: right or wrong."""
     images = [row["image"] for row, of in zip(questions, rows, strict=True) if of]
-    places = {(row["image"], row["question"]): i for i, (row, of) in enumerate(zip(questions, rows, strict=True)) if of}
-    unique = np.array(sorted(places.values()))
     columns: list[tuple[Row, np.ndarray, np.ndarray]] = []
     one = np.ones(len(rows))
     zero, vanilla = baselines(runs)
@@ -179,8 +176,9 @@ def _paired(
         if judged and base is not None:
             columns.append(({**name, "against": base.method, "measure": "changed"}, (run.right != base.right) * 1.0, one))
         for other in {id(o): o for o in (zero, vanilla, base) if o is not None and o is not run}.values():
-            p = intervals.mcnemar(*(int((a.right & ~b.right)[unique].sum()) for a, b in ((run, other), (other, run))))
-            about = {**name, "against": other.method, "measure": "difference", "p": p if judged else None}
+            changes = run.right.astype(int)[rows] - other.right.astype(int)[rows]
+            p = intervals.mcnemar(changes, images) if judged else None
+            about = {**name, "against": other.method, "measure": "difference", "p": p}
             columns.append((about, run.scores - other.scores, one))
     tops = np.stack([top[rows] for _, top, _ in columns], axis=1)
     bottoms = np.stack([bottom[rows] for _, _, bottom in columns], axis=1)

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_differences_are_paired_and_against_both_baselines(measured):
     )
 
 
-def test_a_question_of_two_splits_counts_once_in_mcnemar():
+def test_questions_that_a_second_split_repeats_make_nothing_more_certain():
     one, two = (answers(questions(splits), {name: METHODS[name] for name in ("zero-shot", "surf")}) for splits in (["a"], "ab"))
     for _, rows in two.values():  # the second split repeats the first
         for first, again in zip(rows[:180], rows[180:], strict=True):
@@ -97,7 +98,7 @@ def test_a_question_of_two_splits_counts_once_in_mcnemar():
         asked, runs = measures.runs_of("pope", given_answers, "pope")
         rows = measures.measure("pope", "pope", asked, runs, np.zeros(len(asked), bool), 50, 0)
         found.append(next(r["p"] for r in rows if r["measure"] == "difference" and r["split"] == "all"))
-    assert found[0] == found[1]
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_leaked_and_other_images_add_up(measured):
@@ -183,18 +184,28 @@ def test_a_ratio_without_questions_and_one_image_have_no_interval():
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
-def test_mcnemar_against_the_binomial_distribution(rescued, harmed):
+def test_mcnemar_of_one_question_an_image_is_the_binomial_test(rescued, harmed):
     n = rescued + harmed
     half = [math.comb(n, k) / 2**n for k in range(n + 1)]
     slow = sum(p for p in half if p <= half[rescued] * (1 + 1e-9))  # all outcomes that are no more likely
-    assert intervals.mcnemar(rescued, harmed) == pytest.approx(slow)
-    assert intervals.mcnemar(harmed, rescued) == intervals.mcnemar(rescued, harmed)
+    changes = np.array([1] * rescued + [-1] * harmed + [0] * 3)
+    assert intervals.mcnemar(changes, [str(n) for n in range(len(changes))]) == pytest.approx(slow)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdefg"), st.sampled_from([-1, 0, 1])), min_size=1, max_size=20))
+def test_mcnemar_against_every_way_of_swapping_two_methods_on_whole_images(rows):
+    sums = [sum(change for image, change in rows if image == one) for one in sorted({image for image, _ in rows})]
+    totals = [sum(s * sign for s, sign in zip(sums, signs, strict=True)) for signs in product((1, -1), repeat=len(sums))]
+    slow = sum(abs(total) >= abs(sum(sums)) for total in totals) / len(totals)
+    found = intervals.mcnemar(np.array([change for _, change in rows]), [image for image, _ in rows])
+    assert found == pytest.approx(slow)
 
 
 def test_mcnemar_of_many_changes():
-    assert intervals.mcnemar(5000, 5000) == 1.0
-    assert 0.04 < intervals.mcnemar(5100, 4900) < 0.05
-    assert intervals.mcnemar(9000, 0) == 0.0
+    names = [str(n) for n in range(4000)]
+    assert intervals.mcnemar(np.array([1] * 2000 + [-1] * 2000), names) == 1.0
+    assert 0.04 < intervals.mcnemar(np.array([1] * 2064 + [-1] * 1936), names) < 0.05
+    assert intervals.mcnemar(np.ones(4000, int), names) < 1e-300
 
 
 def test_the_jackknife_of_a_mean_is_the_usual_standard_error():
