@@ -271,10 +271,10 @@ def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_p
 
 def test_the_log_says_what_bounds_the_stage(tmp_path, caplog):
     clock, meter = Clock(), Meter()
-    clock.ready -= 10
-    meter.add("decode", 9.0)
-    meter.add("model", 2.0)
-    meter.add("model", 2.0)
+    clock.ready -= 10_000
+    meter.add("decode", 9000.0)
+    meter.add("model", 2000.0)
+    meter.add("model", 2000.0)
     with caplog.at_level(logging.INFO, "surf"):
         clock.note(tmp_path / "part.parquet", 100, meter)
     assert "decode 90%, model 40%; decode bounds the stage" in caplog.text

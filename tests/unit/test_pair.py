@@ -224,7 +224,7 @@ def test_json_is_the_original_readmes_format():
 
 def test_mixes_can_be_made_of_the_same_questions():
     verdicts = {f"b{n}": [True, False] for n in range(6)} | {f"p{n}": [True] for n in range(6)}
-    labelled = list(pair.label(*shard(verdicts), JUDGE))
+    labelled = label(shard(verdicts))
     pairs = {row["round_id"] for row in pair.choose(labelled, config.Pair(), 0)}
     for kind in ("positive_only", "no_reference"):
         options = config.Pair(rounds="both", mix={kind: 1.0})
