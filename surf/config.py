@@ -103,8 +103,9 @@ class Lvlm(Section):
     layout: Literal[LAYOUTS] = Field(default="readme", description="How references stand in the prompt.")  # type: ignore[valid-type]
     system_prompt: str = Field(default=SYSTEM_PROMPT, description="System prompt without references.")
     retrieval_prompt: str = Field(default=RETRIEVAL_PROMPT, description="System prompt with references.")
-    pad_to_square: bool = Field(
-        default=True, description="Pad images to a square of the mean colour, as LLaVA-1.5 was trained."
+    pad_to_square: bool | None = Field(
+        default=None,
+        description="Pad images to a square of the mean colour. null: as the model was trained (LLaVA-1.5: yes, others: no).",
     )
     caption_chars: Positive = Field(default=1200, description="Captions in prompts are cut to this many characters.")
     batch_tokens: Positive = Field(json_schema_extra=KNOB, default=65_536, description="Prompt tokens, padded, a forward pass.")
@@ -201,8 +202,9 @@ class Finetune(Section):
         default=4096, description="Longest training sample. Captions are cut to fit; a question or an answer never is."
     )
     train: list[Name] = Field(
-        default=["language_model", "multi_modal_projector", "lm_head"],
-        description="Parameters whose name contains one of these are trained; all others are frozen.",
+        default=["language_model", "text_model", "lm_head", "multi_modal_projector", "connector", "merger"],
+        description="Parameters whose name contains one of these are trained; all others, the vision tower, are frozen. "
+        "The default holds the names of all tested families.",
     )
     zero_stage: int = Field(default=3, ge=0, le=3, description="DeepSpeed ZeRO stage; 0 is plain data parallelism.")
     gradient_checkpointing: bool = Field(default=True, description="Recompute activations to save memory.")

@@ -26,7 +26,7 @@ from typing import Any
 from surf import __version__, checkpoints, cli, store
 from surf.config import Finetune, Images, Lvlm
 from surf.errors import SurfError
-from surf.processing import load_processor
+from surf.processing import load_processor, stop_at_end
 from surf.samples import Sample, collate, make_samples
 
 log = logging.getLogger("surf")
@@ -77,11 +77,12 @@ def train(pairs: Path, out: Path, *, seed: int, finetune: Finetune, lvlm: Lvlm, 
     if checkpoints.restore(out, run):
         return
     processor = load_processor(lvlm)
-    samples, dropped = make_samples(store.rows(table), processor, finetune, lvlm, where=str(pairs))
+    samples, dropped = make_samples(store.rows(table), processor, finetune, lvlm, images, where=str(pairs))
     with _signals() as caught:
         arguments = _arguments(out / "_checkpoints", seed, finetune, lvlm)  # joins the group of processes
         checkpoint = _share(None if checkpoints.rank() else checkpoints.last(out / "_checkpoints", run))
         model, trainable = _load(lvlm, finetune, arguments, checkpoint)
+        stop_at_end(model, processor)
         collator = partial(collate, processor=processor, lvlm=lvlm, images=images)
         trainer = _trainer(model, arguments, samples, collator, processor, caught)
         log.info("%d samples, %d parameters to train, %d processes", len(samples), trainable, world)

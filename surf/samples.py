@@ -6,9 +6,9 @@ import signal
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
-from surf import processing, prompts
+from surf import adapters, processing, prompts
 from surf.config import Finetune, Images, Lvlm
 from surf.errors import ImageError, SurfError
 from surf.images import Images as ImageRoots
@@ -31,24 +31,23 @@ class Sample:
 
 
 def make_samples(
-    rows: list[dict[str, Any]], processor: Any, finetune: Finetune, lvlm: Lvlm, *, where: str = "pairs"
+    rows: list[dict[str, Any]], processor: Any, finetune: Finetune, lvlm: Lvlm, images: Images, *, where: str = "pairs"
 ) -> tuple[list[Sample], int]:
     """Training texts of the rows of `pairs`, and how many rows were dropped because not even the question fits.
 
     Captions of a text longer than `finetune.max_tokens` are cut to half, and half again; a question or an answer never is.
 
     Raises:
-        SurfError: nothing is left.
+        SurfError: nothing is left; an image cannot be opened.
     """
-    per_image = processing.image_tokens(processor, lvlm)
     samples = []
     cut = 0
     for row in rows:
         chars = lvlm.caption_chars
-        sample = make_sample(row, processor, lvlm, per_image)
+        sample = make_sample(row, processor, lvlm, images)
         while sample.length > finetune.max_tokens and chars:
             chars //= 2
-            sample = make_sample(row, processor, lvlm.model_copy(update={"caption_chars": chars}), per_image)
+            sample = make_sample(row, processor, lvlm.model_copy(update={"caption_chars": chars}), images)
         if sample.length > finetune.max_tokens:
             log.warning("round %s is dropped: %d tokens without any caption", row["round_id"], sample.length)
             continue
@@ -62,24 +61,27 @@ def make_samples(
     return samples, dropped
 
 
-def make_sample(row: dict[str, Any], processor: Any, lvlm: Lvlm, per_image: int) -> Sample:
-    """The training text of one row of `pairs`; an image takes `per_image` tokens.
+def make_sample(row: dict[str, Any], processor: Any, lvlm: Lvlm, images: Images) -> Sample:
+    """The training text of one row of `pairs`.
 
     Raises:
-        SurfError: the row's kind is unknown, or the tokens of the prompt are no prefix of those of the whole text.
+        SurfError: the row's kind is unknown, an image cannot be opened, or the tokens of the prompt are no prefix of those of
+            the whole text.
     """
     prompt = prompts.from_options(row["question"], row["image"], references(row), lvlm)
+    sizes = [(0, 0)] * len(prompt.images)
+    if not adapters.of(processor).fixed:
+        sizes = [_use("size", name, row["round_id"], images) for name in prompt.images]
     asked = prompts.chat(processor, prompt)
     text = processing.with_end(processor, prompts.chat(processor, prompt, prompts.clean(row["answer"])))
-    before, ids = processing.token_ids(processor, asked), processing.token_ids(processor, text)
-    if ids[: len(before)] != before or ids[-1] != processor.tokenizer.eos_token_id or len(ids) == len(before):
+    before, ids = (processing.token_ids(processor, processing.expand(processor, one, sizes, lvlm)) for one in (asked, text))
+    if ids[: len(before)] != before or ids[-1] not in processor.tokenizer.added_tokens_decoder or len(ids) == len(before):
         raise SurfError(
             "the tokens of its prompt are not the first tokens of prompt and answer, so the answer cannot be told apart",
             where=f"round {row['round_id']}",
             expected="a chat template whose generation prompt ends where a token ends, and no answer that runs into it",
         )
-    length = len(ids) + len(prompt.images) * (per_image - 1)
-    return Sample(row["round_id"], text, prompt.images, tuple(ids[len(before) :]), length)
+    return Sample(row["round_id"], text, prompt.images, tuple(ids[len(before) :]), len(ids))
 
 
 def references(row: dict[str, Any]) -> list[prompts.Reference]:
@@ -100,11 +102,11 @@ def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images
     """A batch: `encode`'s tensors, padded on the right, and `labels` (samples, tokens) int64.
 
     Raises:
-        SurfError: an image cannot be used, or takes another number of tokens than a blank one did.
+        SurfError: an image cannot be used, or takes another number of tokens than a blank one of its size did.
     """
     import torch
 
-    opened = [[_open(name, sample, images) for name in sample.images] for sample in samples]
+    opened = [[_use("open", name, sample.round_id, images) for name in sample.images] for sample in samples]
     batch = processing.encode(processor, [sample.text for sample in samples], opened, padding_side="right", lvlm=lvlm)
     labels = torch.full_like(batch["input_ids"], _IGNORED)
     for number, sample in enumerate(samples):
@@ -113,15 +115,15 @@ def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images
         labels[number, place] = torch.tensor(sample.answer_ids)
         if length != sample.length or not torch.equal(labels[number, place], batch["input_ids"][number, place]):
             what = f"has {length} tokens, {sample.length} were counted"
-            raise SurfError(what, where=f"round {sample.round_id}", expected="a model with a fixed number of tokens an image")
+            raise SurfError(what, where=f"round {sample.round_id}", expected="a processor that counts as it encodes")
     return {**batch, "labels": labels}
 
 
-def _open(name: str, sample: Sample, images: Images) -> Any:
+def _use(what: Literal["open", "size"], name: str, round_id: str, images: Images) -> Any:
     try:
-        return _roots(tuple(images.roots), images.max_pixels, os.getpid()).open(name)
+        return getattr(_roots(tuple(images.roots), images.max_pixels, os.getpid()), what)(name)
     except ImageError as error:
-        where = f"image {name} of round {sample.round_id}"
+        where = f"image {name} of round {round_id}"
         raise SurfError(str(error), where=where, expected="a readable image", next="mend it, or remake the pairs") from None
 
 

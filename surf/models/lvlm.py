@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surf import config, processing, prompts
+from surf import adapters, config, processing, prompts
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request
@@ -35,6 +35,7 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             where=f"lvlm.model = {name!r}",
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
+    processing.stop_at_end(network, processor)
     return Lvlm(network.eval().to(device), processor, images, options)
 
 
@@ -125,7 +126,7 @@ class Lvlm:
         if not requests:
             return
         lengths = [
-            len(processing.token_ids(self.processor, text)) + len(request.prompt.images) * (self.image_tokens - 1) + new_tokens
+            len(processing.token_ids(self.processor, text)) + self._image_tokens(request.prompt.images) + new_tokens
             for request, text in zip(requests, texts, strict=True)
         ]
         batch: list[int] = []
@@ -138,6 +139,13 @@ class Lvlm:
                 batch, longest = [], lengths[row]
             batch.append(row)
         yield batch
+
+    def _image_tokens(self, names: Sequence[str]) -> int:
+        """Tokens of a prompt's images, less one tag each."""
+        if adapters.of(self.processor).fixed:
+            return len(names) * (self.image_tokens - 1)
+        sizes = [self.images.size(name) for name in names]
+        return sum(processing.image_tokens(self.processor, self.options, size, len(names) == 1) - 1 for size in sizes)
 
     def _halving(self, work: Any, requests: Sequence[Request], texts: Sequence[str]) -> list[Any]:
         """Run a batch; if the GPU's memory does not suffice, run its halves."""
