@@ -18,18 +18,23 @@ class Adapter:
     fixed: bool = False
     """Every image takes equally many tokens, whatever its size."""
 
-    packs: bool = True
+    packs: bool = False
     """Samples can be trained one behind the other in one row: attention is causal, positions simply count."""
 
+    lean: bool = False
+    """The logits are the output embeddings of `model.model`'s last hidden state and nothing else, so that those without loss
+    need not be computed."""
 
-# by the name of the processor's class
+
+# By the name of the processor's class. A family that is not here is taken to be the plainest, and trained the plain way.
 ADAPTERS = {
-    "LlavaProcessor": Adapter(literal=True, square=True, fixed=True),  # its template would move all images to the front
-    "LlavaOnevisionProcessor": Adapter(literal=True),  # its template too
-    "Idefics3Processor": Adapter(literal=False),  # its template looks at the first part
-    "SmolVLMProcessor": Adapter(literal=False),
-    "Qwen2_5_VLProcessor": Adapter(packs=False),  # positions in three dimensions
-    "Gemma3Processor": Adapter(packs=False),  # the tokens of one image see each other
+    "LlavaProcessor": Adapter(literal=True, square=True, fixed=True, packs=True, lean=True),  # its template moves images
+    "LlavaOnevisionProcessor": Adapter(literal=True, packs=True, lean=True),  # its template too
+    "Idefics3Processor": Adapter(literal=False, packs=True, lean=True),  # its template looks at the first part
+    "SmolVLMProcessor": Adapter(literal=False, packs=True, lean=True),
+    "InternVLProcessor": Adapter(packs=True, lean=True),
+    "Qwen2_5_VLProcessor": Adapter(lean=True),  # positions in three dimensions
+    "Gemma3Processor": Adapter(lean=True),  # the tokens of one image see each other
 }
 
 

@@ -115,6 +115,7 @@ def answer(
             for row, pairs in zip(chunk, used, strict=True)
         ]
         texts = responder.respond(requests, max_new_tokens=options.max_new_tokens, temperature=0.0)
+        texts = [prompts.split_verdict(text)[0] for text in texts]  # of a model trained with finetune.verdict
         fresh = [
             {**row, "response": text, "prediction": metrics.verdict(text), "references": [image_id for image_id, _ in pairs]}
             for row, pairs, text in zip(chunk, used, texts, strict=True)

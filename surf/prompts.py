@@ -120,6 +120,28 @@ def clean(text: str) -> str:
         text = stripped
 
 
+_VERDICT = re.compile(r"\n\s*References:(?P<list>[^\n]*)$")
+
+
+def with_verdict(answer: str, useful: Sequence[bool]) -> str:
+    """The answer and a last line that says of each reference, in their order in the prompt, whether it was useful."""
+    if not useful:
+        return answer
+    said = (f"{number} {'useful' if one else 'not useful'}" for number, one in enumerate(useful, 1))
+    return f"{answer}\nReferences: {', '.join(said)}"
+
+
+def split_verdict(text: str) -> tuple[str, list[bool]]:
+    """The answer without the line of `with_verdict`, and what the line says; a line that was cut off is taken off as well."""
+    if found := _VERDICT.search(text):
+        said = re.findall(r"\b\d+ (not )?useful\b", found["list"])
+        return text[: found.start()].rstrip(), [not word for word in said]
+    head, _, last = text.rpartition("\n")
+    if head and len(last) >= 3 and "References:".startswith(last):
+        return head.rstrip(), []
+    return text, []
+
+
 def cut(text: str, limit: int) -> str:
     """At most `limit` characters, cut after a word where there is one."""
     if len(text) <= limit:

@@ -13,10 +13,10 @@ from surf.config import Finetune, Images, Lvlm
 from surf.errors import ImageError, SurfError
 from surf.images import Images as ImageRoots
 from surf.pair import ordered_references
+from surf.training import packing
+from surf.training.loss import IGNORED
 
 log = logging.getLogger("surf")
-
-_IGNORED = -100  # label of tokens without loss
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Sample:
     images: tuple[str, ...]
     answer_ids: tuple[int, ...]
     length: int  # tokens, images counted in full
+    image_tokens: int  # those of them that are images
 
 
 def make_samples(
@@ -44,10 +45,10 @@ def make_samples(
     cut = 0
     for row in rows:
         chars = lvlm.caption_chars
-        sample = make_sample(row, processor, lvlm, images)
+        sample = make_sample(row, processor, lvlm, images, finetune.verdict)
         while sample.length > finetune.max_tokens and chars:
             chars //= 2
-            sample = make_sample(row, processor, lvlm.model_copy(update={"caption_chars": chars}), images)
+            sample = make_sample(row, processor, lvlm.model_copy(update={"caption_chars": chars}), images, finetune.verdict)
         if sample.length > finetune.max_tokens:
             log.warning("round %s is dropped: %d tokens without any caption", row["round_id"], sample.length)
             continue
@@ -61,19 +62,22 @@ def make_samples(
     return samples, dropped
 
 
-def make_sample(row: dict[str, Any], processor: Any, lvlm: Lvlm, images: Images) -> Sample:
-    """The training text of one row of `pairs`.
+def make_sample(row: dict[str, Any], processor: Any, lvlm: Lvlm, images: Images, verdict: bool = False) -> Sample:
+    """The training text of one row of `pairs`; with `verdict` it ends with a line that says which references are useful.
 
     Raises:
         SurfError: the row's kind is unknown, an image cannot be opened, or the tokens of the prompt are no prefix of those of
             the whole text.
     """
     prompt = prompts.from_options(row["question"], row["image"], references(row), lvlm)
+    answer = prompts.clean(row["answer"])
+    if verdict:
+        answer = prompts.with_verdict(answer, [positive for positive, _ in _shown(row)])
     sizes = [(0, 0)] * len(prompt.images)
     if not adapters.of(processor).fixed:
         sizes = [_use("size", name, row["round_id"], images) for name in prompt.images]
     asked = prompts.chat(processor, prompt)
-    text = processing.with_end(processor, prompts.chat(processor, prompt, prompts.clean(row["answer"])))
+    text = processing.with_end(processor, prompts.chat(processor, prompt, answer))
     before, ids = (processing.token_ids(processor, processing.expand(processor, one, sizes, lvlm)) for one in (asked, text))
     if ids[: len(before)] != before or ids[-1] not in processor.tokenizer.added_tokens_decoder or len(ids) == len(before):
         raise SurfError(
@@ -81,7 +85,8 @@ def make_sample(row: dict[str, Any], processor: Any, lvlm: Lvlm, images: Images)
             where=f"round {row['round_id']}",
             expected="a chat template whose generation prompt ends where a token ends, and no answer that runs into it",
         )
-    return Sample(row["round_id"], text, prompt.images, tuple(ids[len(before) :]), len(ids))
+    seen = sum(processing.image_tokens(processor, lvlm, size, len(sizes) == 1) for size in sizes)
+    return Sample(row["round_id"], text, prompt.images, tuple(ids[len(before) :]), len(ids), seen)
 
 
 def references(row: dict[str, Any]) -> list[prompts.Reference]:
@@ -90,16 +95,21 @@ def references(row: dict[str, Any]) -> list[prompts.Reference]:
     Raises:
         SurfError: its kind is unknown, or other references are there than its kind says.
     """
+    return [prompts.Reference(reference["image"], reference["caption"]) for _, reference in _shown(row)]
+
+
+def _shown(row: dict[str, Any]) -> list[tuple[bool, dict[str, Any]]]:
+    """(is it the positive one, reference) of those that the row's kind shows."""
     shown = {"pair": {True, False}, "positive_only": {True}, "negative_only": {False}, "no_reference": set()}.get(row["kind"])
     found = [(positive, reference) for positive, reference in ordered_references(row) if positive in (shown or ())]
     if shown is None or len(found) < len(shown):
         expected = "pair, positive_only, negative_only or no_reference, with its references"
         raise SurfError(f"kind {row['kind']!r}", where=f"round {row['round_id']}", expected=expected)
-    return [prompts.Reference(reference["image"], reference["caption"]) for _, reference in found]
+    return found
 
 
-def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images) -> dict[str, Any]:
-    """A batch: `encode`'s tensors, padded on the right, and `labels` (samples, tokens) int64.
+def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images, packed: bool = False) -> dict[str, Any]:
+    """A batch: `encode`'s tensors, padded on the right, and `labels` (samples, tokens) int64; or all in one row, `packed`.
 
     Raises:
         SurfError: an image cannot be used, or takes another number of tokens than a blank one of its size did.
@@ -108,7 +118,7 @@ def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images
 
     opened = [[_use("open", name, sample.round_id, images) for name in sample.images] for sample in samples]
     batch = processing.encode(processor, [sample.text for sample in samples], opened, padding_side="right", lvlm=lvlm)
-    labels = torch.full_like(batch["input_ids"], _IGNORED)
+    labels = torch.full_like(batch["input_ids"], IGNORED)
     for number, sample in enumerate(samples):
         length = int(batch["attention_mask"][number].sum())
         place = slice(length - len(sample.answer_ids), length)
@@ -116,7 +126,8 @@ def collate(samples: list[Sample], *, processor: Any, lvlm: Lvlm, images: Images
         if length != sample.length or not torch.equal(labels[number, place], batch["input_ids"][number, place]):
             what = f"has {length} tokens, {sample.length} were counted"
             raise SurfError(what, where=f"round {sample.round_id}", expected="a processor that counts as it encodes")
-    return {**batch, "labels": labels}
+    whole = {**batch, "labels": labels}
+    return packing.pack(whole) if packed else whole
 
 
 def _use(what: Literal["open", "size"], name: str, round_id: str, images: Images) -> Any:

@@ -182,12 +182,11 @@ def test_stopped_run_goes_on_and_ends_in_the_same_weights(job, tmp_path, monkeyp
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_images_from_workers_give_the_same_model(job, tmp_path, monkeypatch):
+def test_images_from_workers_give_the_same_model(job, tmp_path):
     settings = job(count=8, epochs=1)
     plain = settings | {"out": tmp_path / "plain"}
     finetune.train(**plain)
-    monkeypatch.setattr(finetune, "_workers", lambda: 2)
-    finetune.train(**settings)
+    finetune.train(**settings | {"finetune": settings["finetune"].model_copy(update={"workers": 2})})
     assert same(weights(settings["out"]), weights(plain["out"]))
     broken = [row | {"image": "gone.png"} if row["round_id"] == "c1#0" else row for row in rows(4)]
     with pytest.raises(SurfError) as error:
