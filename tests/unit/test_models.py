@@ -6,13 +6,14 @@ import tiny
 import torch
 from PIL import Image
 
-from surf import config, finetune, pope, processing, prompts, samples, store
+from surf import adapters, config, finetune, pope, processing, prompts, samples, store
 from surf.answer import answer
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, lvlm
 from surf.prompts import Reference
 from surf.reanswer import Judge, reanswer
+from surf.training import network
 
 ALL = ["llava", *families.FAMILIES]
 SIZES = {"q0.png": (40, 40), "q1.png": (90, 33), "r0.png": (33, 90), "r1.png": (64, 64), "r2.png": (100, 130)}
@@ -102,6 +103,43 @@ def test_batch_of_samples_is_its_samples(options, processor, pictures):
             return model(**batch).loss.item() * int((batch["labels"] != -100).sum())
 
     assert loss(made) == pytest.approx(sum(loss([one]) for one in made), rel=2e-4)
+
+
+@pytest.mark.parametrize("lever", ["chunked loss", "packing"])
+def test_levers_change_neither_loss_nor_gradients(lever, options, processor, pictures):
+    from transformers import AutoModelForImageTextToText
+
+    adapter = adapters.of(processor)
+    if lever == "packing" and not adapter.packs:
+        pytest.skip("the family cannot be packed")
+    images = config.Images(roots=[str(pictures)])
+    rows = [row(0, kind="no_reference"), row(1), row(2, kind="positive_only", image="r2.png")]
+    made = [samples.make_sample(one, processor, options, images) for one in rows]
+
+    def measured(pulled):
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32)
+        network._speed_up(
+            model,
+            config.Finetune(
+                zero_stage=0,
+                packing=pulled and lever == "packing",
+                loss_chunk=5 if pulled and lever == "chunked loss" else 0,
+                gradient_checkpointing=pulled,
+                keep_layers=1,
+            ),
+            processor,
+        )
+        packed = pulled and lever == "packing"
+        batch = samples.collate(made, processor=processor, lvlm=options, images=images, packed=packed)
+        loss = model.train()(**batch).loss
+        loss.backward()
+        return loss.item(), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    (plain, expected), (pulled, found) = measured(False), measured(True)
+    assert pulled == pytest.approx(plain, rel=1e-5)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_answers_alone_and_in_a_batch(options, pictures):
