@@ -20,29 +20,42 @@ def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpo
     Raises:
         SurfError: the model cannot be loaded, or no parameter has any of `finetune.train` in its name.
     """
-    import torch
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     set_seed(arguments.seed)
     mine = checkpoint if checkpoint and not arguments.deepspeed else None
-    # DeepSpeed keeps float32 master weights itself; without it the weights are the masters, and autocast does the rest.
-    dtype = torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
     source = mine if mine and finetune.method == "full" else lvlm.model
-    model = _pretrained(lvlm, source, dtype=dtype, **_quantised(finetune))
+    model = _pretrained(lvlm, source, dtype=dtype(arguments), **_quantised(finetune))
+    return prepare(model, finetune, processor, mine)
+
+
+def dtype(arguments: Any) -> Any:
+    """DeepSpeed keeps float32 master weights itself; without it the weights are the masters, and autocast does the rest."""
+    import torch
+
+    return torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
+
+
+def prepare(model: Any, finetune: Finetune, processor: Any, adapter: str | None = None) -> tuple[Any, int]:
+    """`model` as it is trained: switches of speed, frozen but for `finetune.train`, or with adapters (those of a checkpoint).
+
+    Returns:
+        the model, and the number of its parameters that are trained.
+    """
     stop_at_end(model, processor)
     _speed_up(model, finetune, processor)
-    trained = [name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)]
+    trained = {name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)}
     if not trained:
         top = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
         what = f"no parameter of the model has any of {finetune.train} in its name"
         raise SurfError(what, where="finetune.train", expected=f"parts of names such as {', '.join(top)}")
     if finetune.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in set(trained))
+            parameter.requires_grad_(name in trained)
     else:
-        model = _with_adapter(model, finetune, set(trained), mine)
+        model = _with_adapter(model, finetune, trained, adapter)
     sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad]
     return model, sum(sizes)  # ZeRO-3 leaves an empty shell of a parameter, and its size in ds_numel
 

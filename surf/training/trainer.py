@@ -39,6 +39,11 @@ def trainer(
             # go on with untrained weights: `network.load` has read them. (DeepSpeed's checkpoints are not read here.)
             pass
 
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            # DeepSpeed's checkpoints hold the weights themselves; to gather them as well takes minutes and their room twice.
+            if not (_internal_call and self.is_deepspeed_enabled):
+                super().save_model(output_dir, _internal_call)
+
         def get_batch_samples(self, *args: Any, **keywords: Any) -> Any:
             start = time.monotonic()
             batches = super().get_batch_samples(*args, **keywords)

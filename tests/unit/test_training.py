@@ -75,7 +75,10 @@ def test_cost_counts_every_matrix_once(tiny_lvlm):
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 
 
-@given(st.text(max_size=30).filter(lambda text: prompts.clean(text) and "Ref" not in text), st.lists(st.booleans(), min_size=1, max_size=5))
+texts = st.text(max_size=30).filter(lambda text: prompts.clean(text) and "Ref" not in text)
+
+
+@given(texts, st.lists(st.booleans(), min_size=1, max_size=5))
 def test_a_verdict_comes_off_again(answer, useful):
     answer = prompts.clean(answer)
     text = prompts.with_verdict(answer, useful)
