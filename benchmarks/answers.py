@@ -133,7 +133,7 @@ class Bench:
 
     def __init__(self, tiny: bool, options: config.Lvlm, sizes: Sizes) -> None:
         self.options, self.sizes = options, sizes
-        network, processor = llava.build(tiny)
+        network, processor = llava.responder(tiny)
         self.images: Any = llava.Pictures()
         self.model = lvlm.Lvlm(network, processor, self.images, options)
         self.baseline = lvlm.Lvlm(network, processor, self.images, options, share=False)

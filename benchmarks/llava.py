@@ -1,47 +1,24 @@
-"""A LLaVA-1.5 with random weights at real size, its processor, and photographs that nobody took."""
+"""A LLaVA-1.5 at real size with random weights, photographs that nobody took, and training pairs of them."""
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from surf import config, samples, store
 from surf.shards import stable_hash
 
 WORDS = 31_000  # w0, w1, …: one token each
+TEXT_TOKENS = 300
+NAMES = 64  # different photographs
 
 
-class Pictures:
-    """`Images` whose names are numbers; JPEG bytes in memory, few different ones."""
-
-    def __init__(self) -> None:
-        import numpy as np
-        from PIL import Image
-
-        draw = np.random.default_rng(0)
-        self.files = []
-        for _ in range(32):
-            small = Image.fromarray(draw.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-            self.files.append(io.BytesIO())
-            small.resize((640, 480), Image.Resampling.BICUBIC).save(self.files[-1], "JPEG", quality=90)
-
-    def open(self, name: str) -> Any:
-        """The decoded image."""
-        from PIL import Image
-
-        file = self.files[stable_hash(name) % len(self.files)]
-        return Image.open(io.BytesIO(file.getvalue())).convert("RGB")
-
-
-def build(tiny: bool) -> tuple[Any, Any]:
-    """(model, processor) with random weights: LLaVA-1.5-7B's sizes, or tiny ones."""
-    import torch
-    from transformers import (
-        AutoModelForImageTextToText,
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        GenerationConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaProcessor,
-    )
+def processor_and_config(tiny: bool) -> tuple[Any, Any]:
+    """The processor and the config of LLaVA-1.5-7B, or of a tiny one; no weights."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 
     side, patch = (56, 14) if tiny else (336, 14)
     tokenizer = _tokenizer()
@@ -54,8 +31,7 @@ def build(tiny: bool) -> tuple[Any, Any]:
         chat_template=(
             "{% for m in messages %}{{ {'user': 'USER: ', 'assistant': 'ASSISTANT: '}.get(m['role'], '') }}"
             "{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %} "
-            "{% endfor %}"
-            "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+            "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
         ),
     )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -70,13 +46,7 @@ def build(tiny: bool) -> tuple[Any, Any]:
         image_seq_length=(side // patch) ** 2,
         **special,
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if tiny else torch.bfloat16
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
-    model.generation_config = GenerationConfig(**special)
-    return model.eval(), processor
+    return processor, whole
 
 
 def _tokenizer() -> Any:
@@ -95,3 +65,107 @@ def _tokenizer() -> Any:
         pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+def model(whole: Any, dtype: Any, device: str | None = None) -> Any:
+    """Random weights of the config `whole`; under ZeRO-3 each process makes its share."""
+    import torch
+    from transformers import AutoModelForImageTextToText, set_seed
+
+    set_seed(0)
+    with torch.device(device or "cpu"):
+        return AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
+
+
+def responder(tiny: bool) -> tuple[Any, Any]:
+    """(model, processor), ready to answer."""
+    import torch
+    from transformers import GenerationConfig
+
+    processor, whole = processor_and_config(tiny)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = model(whole, torch.float32 if tiny else torch.bfloat16, device)
+    made.generation_config = GenerationConfig(
+        **{name: getattr(whole, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    )
+    return made.eval(), processor
+
+
+class Pictures:
+    """`Images` for any names; JPEG files in memory, few different ones."""
+
+    def __init__(self) -> None:
+        self.files = _jpegs()
+
+    def open(self, name: str) -> Image.Image:
+        """The decoded image."""
+        return Image.open(io.BytesIO(self.files[stable_hash(name) % len(self.files)])).convert("RGB")
+
+
+def photographs(folder: Path) -> config.Images:
+    """The same as files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(_jpegs()):
+        (folder / f"{number}.jpg").write_bytes(data)
+    return config.Images(roots=[str(folder)])
+
+
+def _jpegs() -> list[bytes]:
+    """`NAMES` JPEG files of 640x480 pixels: smooth noise."""
+    draw = np.random.default_rng(0)
+    files = []
+    for _ in range(NAMES):
+        small = Image.fromarray(draw.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def rows(count: int, processor: Any, lvlm: config.Lvlm, images: config.Images) -> list[dict[str, Any]]:
+    """Rows of `pairs` with a positive and a negative reference, each of `TEXT_TOKENS` tokens beside its three images."""
+    words = 50
+    draw = np.random.default_rng(0)
+    for _ in range(2):  # the first one shows how many words are missing
+        made = [_row(number, words, draw) for number in range(count)]
+        sample = samples.make_sample(made[0], processor, lvlm, images)
+        words += TEXT_TOKENS - (sample.length - sample.image_tokens)
+    return made
+
+
+def _row(number: int, words: int, draw: Any) -> dict[str, Any]:
+    def text(count: int) -> str:
+        return " ".join(f"w{word}" for word in draw.integers(0, WORDS, count))
+
+    shared = {"image_id": number, "similarity": 0.5, "gain": 0.5}
+    return {
+        "round_id": f"b{number}#0",
+        "image": f"{3 * number % NAMES}.jpg",
+        "question": text(20),
+        "answer": text(20),
+        "task": "open",
+        "kind": "pair",
+        "positive_first": number % 2 == 0,
+        "positive": {**shared, "image": f"{(3 * number + 1) % NAMES}.jpg", "caption": text(words)},
+        "negative": {**shared, "image": f"{(3 * number + 2) % NAMES}.jpg", "caption": text(20)},
+    }
+
+
+def write(folder: Path, tiny: bool, count: int) -> tuple[Path, Path, config.Images]:
+    """A model folder, a file of `count` pairs, and their images, for a run of the command line."""
+    import torch
+
+    processor, whole = processor_and_config(tiny)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model(whole, torch.float32 if tiny else torch.bfloat16, device).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    images = photographs(folder / "images")
+    lvlm = config.Lvlm(model=str(folder / "base"))
+    pairs = folder / "pairs.parquet"
+    store.write_table(pairs, store.table_of(rows(count, processor, lvlm, images), "pairs"), "pairs")
+    return folder / "base", pairs, images
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,19 +117,17 @@ def _read_run(checkpoints: Path) -> dict[str, Any]:
         return {}
 
 
-def publish(trainer: Any, out: Path, run: dict[str, Any]) -> None:
-    """Write the model folder: into a folder beside it, then file by file into place, `model.json` last."""
-    import torch
+def publish(save: Callable[[Path], None], out: Path, run: dict[str, Any]) -> None:
+    """Write the model folder: into a folder beside it, then file by file into place, `model.json` last.
 
+    `save` writes the model into a folder; every process calls it.
+    """
     checkpoints = out / "_checkpoints"
     fresh = checkpoints / "_result"
     if not rank():
         shutil.rmtree(fresh, ignore_errors=True)
-    if trainer.args.bf16 and not trainer.is_deepspeed_enabled:
-        trainer.model.to(torch.bfloat16)
-    trainer.save_model(str(fresh))  # every process takes part: ZeRO-3 gathers the weights
+    save(fresh)
     if not rank():
-        (fresh / "training_args.bin").unlink(missing_ok=True)
         for old in [out / "model.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
             old.unlink(missing_ok=True)
         for new in fresh.iterdir():

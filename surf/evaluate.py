@@ -114,12 +114,12 @@ def answer(
             bare = requests(fresh, bare=True)
             texts = responder.respond(bare, max_new_tokens=max_new_tokens)
             for row, text, value in zip(fresh, texts, responder.loglik(bare, texts), strict=True):
-                row.update(response=text, confidence=math.exp(value) if text else 0.0)
+                row.update(response=prompts.split_verdict(text)[0], confidence=math.exp(value) if text else 0.0)
             unsure = [row for row in fresh if row["confidence"] < method.gate]
             for row in fresh:
                 row["references"] = row["references"] if row["confidence"] < method.gate else []
         for row, text in zip(unsure, responder.respond(requests(unsure), max_new_tokens=max_new_tokens), strict=True):
-            row["response"] = text
+            row["response"] = prompts.split_verdict(text)[0]  # of a model trained with finetune.verdict
         partial.save(store.table_of(fresh, "evaluate/answers"))
         done.update((row["question_id"], row) for row in fresh)
     return store.table_of([done[row["question_id"]] for row in questions], "evaluate/answers")

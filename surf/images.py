@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # COCO's own numbers: train2017/000000000009.jpg and COCO_train2014_000000000009.jpg are one photograph.
 _COCO = re.compile(r"(?:^|/)(?:COCO_(?:train|val|test)20\d\d_|(?:train|val|test|unlabeled)2017/)(\d{12})\.\w+$")
 _CACHED_ROW_GROUPS = 4
+_ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 
 
 def identity(name: str) -> str:
@@ -86,6 +87,19 @@ class Images:
             if isinstance(source, _Packed) and name in source.place:
                 return number, *source.place[name]
         return None
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of the upright image, from its header: nothing is decoded. Raises ImageError as `open` does."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(self.read(name))) as image:
+                turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else (image.width, image.height)
+        except ImageError:
+            raise
+        except Exception as error:
+            raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})") from None
 
     def _open(self, name: str) -> "Image":
         """`open`: the decoded image, RGB, upright as its EXIF says. Raises ImageError: missing, too large, not decodable."""

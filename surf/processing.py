@@ -1,12 +1,14 @@
 """Texts and images into tensors: the one way for training and for answering.
 
 The original resized and cropped images when it answered but padded them to squares when it trained. Here both sides call
-`encode`.
+`encode`. How many tokens an image takes is the processor's business alone: it is asked, with a blank image of the same size.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from surf import adapters, prompts
 from surf.config import Lvlm
 from surf.errors import SurfError
 
@@ -25,7 +27,7 @@ def load_processor(lvlm: Lvlm) -> Any:
     where = f"lvlm.model {lvlm.model}"
     try:
         processor = AutoProcessor.from_pretrained(lvlm.model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:  # ImportError: SmolVLM's needs num2words, and says so
         what = f"its processor cannot be loaded ({str(error).strip().splitlines()[0]})"
         raise SurfError(what, where=where, expected="a Hugging Face image-text-to-text model or its folder") from None
     for part in ("tokenizer", "image_processor", "image_token", "chat_template"):
@@ -37,7 +39,19 @@ def load_processor(lvlm: Lvlm) -> Any:
         raise SurfError("its tokenizer has no end token", where=where)
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token  # padding is masked, so any token will do
+    _check_template(processor, where)
     return processor
+
+
+def _check_template(processor: Any, where: str) -> None:
+    """Refuse a chat template that moves images away from the words that they belong to, or loses words."""
+    words = ["first", "second", "third", "fourth"]
+    prompt = prompts.Prompt("Be kind.", f" {prompts.IMAGE} ".join(words), ("", "", ""))
+    pieces = prompts.chat(processor, prompt).split(processor.image_token)
+    if len(pieces) != len(words) or not all(word in piece for word, piece in zip(words, pieces, strict=True)):
+        what = "its chat template does not keep images and words in their order"
+        expected = "a template that interleaves, or literal=True in the model's adapter (docs/models.md)"
+        raise SurfError(what, where=where, expected=expected)
 
 
 def square(image: "Image", background: tuple[int, ...]) -> "Image":
@@ -80,18 +94,68 @@ def encode(
         tags = text.count(processor.image_token)
         if tags != len(own):
             raise SurfError(f"a text has {tags} image tags for {len(own)} images", where=repr(text[-80:]))
-    flat = [image for own in images for image in own]
-    if lvlm.pad_to_square:
-        background = tuple(int(mean * 255) for mean in processor.image_processor.image_mean)
-        flat = [square(image, background) for image in flat]
+    opened = [[squared(processor, image, lvlm) for image in own] for own in images]
     return processor(
         text=list(texts),
-        images=flat or None,
+        images=opened if any(opened) else None,  # nested: some models treat several images of one text in another way
         padding=True,
         padding_side=padding_side,
         add_special_tokens=_lacks_bos(processor, texts),
         return_tensors="pt",
     )
+
+
+def squared(processor: Any, image: "Image", lvlm: Lvlm) -> "Image":
+    """The image as the model gets to see it: padded to a square, or as it is."""
+    if not (adapters.of(processor).square if lvlm.pad_to_square is None else lvlm.pad_to_square):
+        return image
+    return square(image, tuple(int(mean * 255) for mean in processor.image_processor.image_mean))
+
+
+def expand(processor: Any, text: str, sizes: Sequence[tuple[int, int]], lvlm: Lvlm) -> str:
+    """A rendered chat with the image tags written out, as the processor does it before it tokenizes.
+
+    Args:
+        sizes: (width, height) in pixels of the images, in the order of the tags.
+    """
+    pieces = text.split(processor.image_token)
+    alone = len(sizes) == 1
+    written = [_stand_in(processor, *_seen(processor, size, lvlm), alone) for size in sizes]
+    return "".join(piece + one for piece, one in zip(pieces, [*written, ""], strict=True))
+
+
+def image_tokens(processor: Any, lvlm: Lvlm, size: tuple[int, int] = (64, 64), alone: bool = True) -> int:
+    """Tokens that an image of `size` (width, height) takes in the prompt, with its marks (576 for LLaVA-1.5).
+
+    `alone`: it is the only image of its prompt.
+    """
+    return _count(processor, *_seen(processor, size, lvlm), alone)
+
+
+def _seen(processor: Any, size: tuple[int, int], lvlm: Lvlm) -> tuple[int, int]:
+    """The size of an image as the model gets to see it; one size for all where it does not matter."""
+    adapter = adapters.of(processor)
+    if adapter.fixed:
+        return 64, 64
+    square = adapter.square if lvlm.pad_to_square is None else lvlm.pad_to_square
+    return (max(size), max(size)) if square else size
+
+
+@lru_cache(maxsize=100_000)
+def _stand_in(processor: Any, width: int, height: int, alone: bool) -> str:
+    """What the processor writes instead of an image tag. Other images of the prompt do not matter, but that there are some."""
+    from PIL import Image
+
+    blanks = [Image.new("RGB", (width, height))] * (1 if alone else 2)
+    text = processor.image_token * len(blanks)
+    made = processor(text=[text], images=[blanks], return_text_replacement_offsets=True)
+    return str(made["text_replacement_offsets"][0][0]["replacement"])
+
+
+@lru_cache(maxsize=100_000)
+def _count(processor: Any, width: int, height: int, alone: bool) -> int:
+    text = _stand_in(processor, width, height, alone)
+    return len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def token_ids(processor: Any, text: str) -> list[int]:
@@ -111,19 +175,30 @@ def tokens(processor: Any, texts: Sequence[str]) -> list[list[int]]:
 def with_end(processor: Any, text: str) -> str:
     """A rendered chat that closes with the end token: the answer's last token, which a model must learn to write.
 
-    Some templates write a line break behind it, which is cut; LLaVA-1.5's own writes none at all, so it is added.
+    That is the special token by which the template ends a turn (ChatML's <|im_end|>, Gemma's <end_of_turn>). Some templates
+    write a line break behind it, which is cut; LLaVA-1.5's own writes no token at all, so the tokenizer's is added.
     """
-    end = processor.tokenizer.eos_token
-    head, found, tail = text.rpartition(end)
-    return head + end if found and not tail.strip() else text.rstrip() + end
+    text = text.rstrip()
+    return text if text.endswith(_marks(processor)) else text + processor.tokenizer.eos_token
 
 
-def image_tokens(processor: Any, lvlm: Lvlm) -> int:
-    """Tokens that one image takes in the prompt (576 for LLaVA-1.5), counted on a blank one."""
-    from PIL import Image
+def end_id(processor: Any) -> int:
+    """The end token's id."""
+    probe = prompts.Prompt("", f"{prompts.IMAGE}\nWhat?", ("",))
+    return token_ids(processor, with_end(processor, prompts.chat(processor, probe, "This.")))[-1]
 
-    blank = encode(processor, [processor.image_token], [[Image.new("RGB", (64, 64))]], padding_side="right", lvlm=lvlm)
-    return int((blank["input_ids"] == processor.image_token_id).sum())
+
+def stop_at_end(model: Any, processor: Any) -> None:
+    """Let the end token of training stop the generation too: it need not be the tokenizer's own."""
+    known = model.generation_config.eos_token_id
+    ids = list(known) if isinstance(known, list) else [] if known is None else [known]
+    if end_id(processor) not in ids:
+        model.generation_config.eos_token_id = [*ids, end_id(processor)]
+
+
+@lru_cache(maxsize=4)
+def _marks(processor: Any) -> tuple[str, ...]:
+    return tuple(token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def _lacks_bos(processor: Any, texts: Sequence[str]) -> bool:

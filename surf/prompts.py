@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
+from surf import adapters
 from surf.errors import SurfError
 
 IMAGE = "<image>"
@@ -32,9 +35,12 @@ RETRIEVAL_PROMPT = (
 #   image_only   its re-answer prompt: one reference image, no caption
 LAYOUTS = ("readme", "figure", "filter", "evaluation", "image_only")
 
-# What would let a caption close the reference block, add an image or end the turn.
+# What would let a caption close the reference block, add an image or end the turn, in any of the tested families.
 _TAGS = re.compile(
-    r"<\s*/?\s*(?:retrieval|image|sep|s|unk|pad|bos|eos|think)\s*/?\s*>|<\|[^<>|]{0,40}\|>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+    r"<\s*/?\s*(?:retrieval|image|sep|s|unk|pad|bos|eos|think|img|img_context|video|global-img|row_\d+_col_\d+|image_soft_token"
+    r"|fake_token_around_image|end_of_utterance|(?:start|end)_of_(?:turn|image))\s*/?\s*>"
+    r"|<\|[^<>|]{0,40}\|>|\[/?INST\]|<</?SYS>>",
+    re.IGNORECASE,
 )
 
 
@@ -132,6 +138,28 @@ def clean(text: str) -> str:
         text = stripped
 
 
+_VERDICT = re.compile(r"\n\s*References:(?P<list>[^\n]*)$")
+
+
+def with_verdict(answer: str, useful: Sequence[bool]) -> str:
+    """The answer and a last line that says of each reference, in their order in the prompt, whether it was useful."""
+    if not useful:
+        return answer
+    said = (f"{number} {'useful' if one else 'not useful'}" for number, one in enumerate(useful, 1))
+    return f"{answer}\nReferences: {', '.join(said)}"
+
+
+def split_verdict(text: str) -> tuple[str, list[bool]]:
+    """The answer without the line of `with_verdict`, and what the line says; a line that was cut off is taken off as well."""
+    if found := _VERDICT.search(text):
+        said = re.findall(r"\b\d+ (not )?useful\b", found["list"])
+        return text[: found.start()].rstrip(), [not word for word in said]
+    head, _, last = text.rpartition("\n")
+    if head and len(last) >= 3 and "References:".startswith(last):
+        return head.rstrip(), []
+    return text, []
+
+
 def cut(text: str, limit: int) -> str:
     """At most `limit` characters, cut after a word where there is one."""
     if len(text) <= limit:
@@ -146,25 +174,39 @@ def chat(processor: Any, prompt: Prompt, answer: str | None = None) -> str:
     """The prompt in the model's own chat format, ready for the processor; with `answer`, the whole training text.
 
     Where the model's image tag is `<image>` itself the text goes in as it stands: LLaVA's own template would move all
-    images to the front and tear the numbered references apart. Other models get interleaved parts.
+    images to the front and tear the numbered references apart. Other models get interleaved parts. A template that knows no
+    system role, or leaves it out, gets the system prompt at the head of the user's turn.
+
+    Raises:
+        SurfError: the template can do neither.
     """
-    literal = getattr(processor, "image_token", IMAGE) == IMAGE
+    literal = adapters.of(processor).literal
+    tag = getattr(processor, "image_token", IMAGE)
     parts: list[dict[str, str]] = []
-    if literal:
-        parts = [{"type": "text", "text": prompt.text}]
+    if tag == IMAGE if literal is None else literal:
+        parts = [{"type": "text", "text": prompt.text.replace(IMAGE, tag)}]
     else:
         for number, piece in enumerate(prompt.text.split(IMAGE)):
             if number:
                 parts.append({"type": "image"})
             if piece:
                 parts.append({"type": "text", "text": piece})
-    messages: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+    headed = [{"role": "user", "content": [{"type": "text", "text": f"{prompt.system}\n\n"}, *parts]}]
     if prompt.system:
-        messages.append({"role": "system", "content": [{"type": "text", "text": prompt.system}]})
-    messages.append({"role": "user", "content": parts})
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return str(processor.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False))
+        asked.insert(0, {"role": "system", "content": [{"type": "text", "text": prompt.system}]})
+    replied = [] if answer is None else [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    error: Exception | None = None
+    for messages in (asked, headed) if prompt.system else (asked,):
+        try:
+            text = str(processor.apply_chat_template(messages + replied, add_generation_prompt=not replied, tokenize=False))
+        except (TemplateError, TypeError) as found:  # raise_exception('System role not supported'), 'USER: ' + a list
+            error = found
+            continue
+        if prompt.system.strip() in text:
+            return text
+    what = f"fails ({error})" if error else "leaves out the system prompt, and the head of the user's turn"
+    raise SurfError(f"the model's chat template {what}", expected="a template for messages with text and image parts")
 
 
 def _numbered(shown: Sequence[str], end: str) -> str:

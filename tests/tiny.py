@@ -12,6 +12,7 @@ SENTENCES = (
     "USER: ASSISTANT: <Retrieval>1. a red circle 2. a blue square </Retrieval>",
     "What is in the image? yes no one two three green yellow black white triangle",
     "Answer the question using a single word or phrase.",
+    "one\n\ntwo\n\n\nthree\n\n\n\nfour",  # line breaks beside an image may become one token with those of the text
 )
 
 # LLaVA-1.5 as its authors trained it; the content is a text, or a list of parts.
@@ -40,7 +41,7 @@ def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE) 
         LlavaProcessor,
     )
 
-    tokenizer = _tokenizer()
+    tokenizer = build_tokenizer()
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": 32},
@@ -100,11 +101,13 @@ def _publish_names(path: Path) -> None:
     save_file({names[name]: weight for name, weight in weights.items()}, path, metadata={"format": "pt"})
 
 
-def _tokenizer():
+def build_tokenizer(bos: str | None = "<s>", eos: str = "</s>", more: dict[str, str] | None = None):
+    """A byte-level BPE of 600 tokens. `more`: attribute of the tokenizer to further special token, such as `image_token`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+    more = {"image_token": "<image>"} if more is None else more
+    special = list(dict.fromkeys(["<unk>", bos or eos, eos, "<pad>", *more.values()]))
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -112,14 +115,15 @@ def _tokenizer():
         vocab_size=600, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train_from_iterator(SENTENCES, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    if bos:
+        bpe.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
+        bos_token=bos,
+        eos_token=eos,
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=more,
     )
 
 

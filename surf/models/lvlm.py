@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from surf import config, processing, prompts
+from surf import adapters, config, processing, prompts
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, prefix
@@ -39,6 +39,7 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             where=f"lvlm.model = {name!r}",
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
+    processing.stop_at_end(network, processor)
     return Lvlm(network.eval().to(device), processor, images, options)
 
 
@@ -149,7 +150,7 @@ class Lvlm:
                 pixels.close()
 
     def _length(self, request: Request, ids: Sequence[int], new_tokens: int) -> int:
-        return len(ids) + len(request.prompt.images) * (self.image_tokens - 1) + new_tokens
+        return len(ids) + self._image_tokens(request.prompt.images) + new_tokens
 
     def _within_memory(self, work: Callable[[Any], list[Any]], batch: Sequence[Any], cost: int) -> list[Any] | None:
         """Run a batch; None if the device's memory does not suffice, after which batches are half as large for good."""
@@ -214,3 +215,10 @@ class Lvlm:
         pictures = [[self.images.open(name) for name in request.prompt.images] for request in requests]
         batch = processing.encode(self.processor, list(texts), pictures, padding_side=side, lvlm=self.options)
         return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def _image_tokens(self, names: Sequence[str]) -> int:
+        """Tokens of a prompt's images, less one tag each."""
+        if adapters.of(self.processor).fixed:
+            return len(names) * (self.image_tokens - 1)
+        sizes = [self.images.size(name) for name in names]
+        return sum(processing.image_tokens(self.processor, self.options, size, len(names) == 1) - 1 for size in sizes)

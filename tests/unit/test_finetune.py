@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from surf import cli, config, finetune, processing, prompts, samples, store
 from surf.errors import SurfError
+from surf.images import Images
 
 ANSWERS = ("a red square", "yes", "two green triangles", "no", "blue", "one yellow circle on white", "black", "three")
 KINDS = ("pair", "positive_only", "no_reference", "negative_only")
@@ -103,13 +104,12 @@ def test_overfit_writes_the_answers_word_for_word(job, drawn_images):
     model, loading = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
-    roots = finetune.Images(roots=[str(drawn_images)])
+    roots = Images([str(drawn_images)])
     texts, pictures = [], []
     for row in rows(4):
         prompt = prompts.from_options(row["question"], row["image"], samples.references(row), lvlm)
         texts.append(prompts.chat(processor, prompt))
-        sample = samples.make_sample(row, processor, lvlm, 4)
-        pictures.append([samples._open(name, sample, roots) for name in prompt.images])
+        pictures.append([roots.open(name) for name in prompt.images])
     batch = processing.encode(processor, texts, pictures, padding_side="left", lvlm=lvlm)
     made = model.generate(**batch, max_new_tokens=20, do_sample=False)[:, batch["input_ids"].shape[1] :]
     answers = [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
@@ -123,7 +123,7 @@ def test_gradients_of_a_batch_are_the_sum_over_its_samples(job):
     lvlm, images = settings["lvlm"], settings["images"]
     processor = processing.load_processor(lvlm)
     model = AutoModelForImageTextToText.from_pretrained(lvlm.model, dtype=torch.float32).eval()
-    made, _ = samples.make_samples(rows(4), processor, settings["finetune"], lvlm)
+    made, _ = samples.make_samples(rows(4), processor, settings["finetune"], lvlm, images)
 
     def gradients(chosen):
         model.zero_grad()
@@ -182,12 +182,11 @@ def test_stopped_run_goes_on_and_ends_in_the_same_weights(job, tmp_path, monkeyp
     assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_images_from_workers_give_the_same_model(job, tmp_path, monkeypatch):
+def test_images_from_workers_give_the_same_model(job, tmp_path):
     settings = job(count=8, epochs=1)
     plain = settings | {"out": tmp_path / "plain"}
     finetune.train(**plain)
-    monkeypatch.setattr(finetune, "_workers", lambda: 2)
-    finetune.train(**settings)
+    finetune.train(**settings | {"finetune": settings["finetune"].model_copy(update={"workers": 2})})
     assert same(weights(settings["out"]), weights(plain["out"]))
     broken = [row | {"image": "gone.png"} if row["round_id"] == "c1#0" else row for row in rows(4)]
     with pytest.raises(SurfError) as error:

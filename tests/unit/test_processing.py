@@ -79,7 +79,7 @@ WHOLE = {
 
 @pytest.mark.parametrize(("kind", "positive_first"), WHOLE)
 def test_text_images_and_loss_of_a_sample(kind, positive_first, processor, lvlm, images):
-    sample = training.make_sample(row(kind, positive_first), processor, lvlm, 4)
+    sample = training.make_sample(row(kind, positive_first), processor, lvlm, images)
     batch = training.collate([sample], processor=processor, lvlm=lvlm, images=images)
     prompt, names = WHOLE[kind, positive_first]
     assert sample.images == names
@@ -97,7 +97,7 @@ def test_text_images_and_loss_of_a_sample(kind, positive_first, processor, lvlm,
 
 def test_batch_of_samples_with_different_numbers_of_images(processor, lvlm, images):
     rows = [row("no_reference"), row("pair"), row("positive_only", answer="yes")]
-    samples = [training.make_sample(item, processor, lvlm, 4) for item in rows]
+    samples = [training.make_sample(item, processor, lvlm, images) for item in rows]
     batch = training.collate(samples, processor=processor, lvlm=lvlm, images=images)
     assert batch["pixel_values"].shape[0] == 1 + 3 + 2
     for number, sample in enumerate(samples):
@@ -168,33 +168,33 @@ LLAVA_HF = (
 )
 def test_other_chat_templates(text, processor, lvlm, images, tmp_path):
     other = template(processor, text, tmp_path, lvlm)
-    sample = training.make_sample(row(), other, lvlm, 4)
+    sample = training.make_sample(row(), other, lvlm, images)
     batch = training.collate([sample], processor=other, lvlm=lvlm, images=images)
     ids = batch["input_ids"][0]
     assert (ids == other.tokenizer.bos_token_id).sum() == 1
     assert other.tokenizer.decode(ids[batch["labels"][0] != -100]) == " a red square</s>"
 
 
-def test_generation_prompt_that_ends_inside_a_token(processor, lvlm, tmp_path):
+def test_generation_prompt_that_ends_inside_a_token(processor, lvlm, images, tmp_path):
     other = template(processor, tiny.CHAT_TEMPLATE.replace("%}ASSISTANT:{%", "%}ASSISTANT: {%"), tmp_path, lvlm)
     with pytest.raises(SurfError, match=r"c1#0.*cannot be told apart"):
-        training.make_sample(row(), other, lvlm, 4)
+        training.make_sample(row(), other, lvlm, images)
 
 
-def test_hostile_answer_adds_no_image_and_no_end(processor, lvlm):
-    sample = training.make_sample(row(answer="red</s> <image> blue"), processor, lvlm, 4)
+def test_hostile_answer_adds_no_image_and_no_end(processor, lvlm, images):
+    sample = training.make_sample(row(answer="red</s> <image> blue"), processor, lvlm, images)
     assert sample.text.count("</s>") == 1
     assert sample.text.count("<image>") == 3
     assert sample.text.endswith("blue</s>")
 
 
-def test_captions_are_cut_until_it_fits(processor, lvlm):
+def test_captions_are_cut_until_it_fits(processor, lvlm, images):
     long = reference("r0.png", " ".join(f"word{number}" for number in range(200)))
     question, answer = "Which of the many things is it? " * 3, "the last one of them all"
     rows = [row(positive=long, negative=long, question=question, answer=answer)]
-    free = training.make_sample(rows[0], processor, lvlm, 4)
+    free = training.make_sample(rows[0], processor, lvlm, images)
     for limit in (free.length, free.length - 1, 900, 500, 260):
-        (sample,), dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=limit), lvlm)
+        (sample,), dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=limit), lvlm, images)
         assert dropped == 0
         assert sample.length <= limit
         assert sample.answer_ids == free.answer_ids
@@ -203,27 +203,27 @@ def test_captions_are_cut_until_it_fits(processor, lvlm):
         assert (sample == free) is (limit == free.length)
 
 
-def test_what_never_fits_is_dropped_and_named(processor, lvlm, caplog):
+def test_what_never_fits_is_dropped_and_named(processor, lvlm, images, caplog):
     rows = [row(), row(question="why? " * 300, round_id="c2#5")]
-    samples, dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=300), lvlm)
+    samples, dropped = training.make_samples(rows, processor, config.Finetune(max_tokens=300), lvlm, images)
     assert [sample.round_id for sample in samples] == ["c1#0"]
     assert dropped == 1
     assert "c2#5" in caplog.text
     with pytest.raises(SurfError, match="max_tokens = 20"):
-        training.make_samples(rows, processor, config.Finetune(max_tokens=20), lvlm)
+        training.make_samples(rows, processor, config.Finetune(max_tokens=20), lvlm, images)
 
 
 def test_unreadable_image_is_named(processor, lvlm, images):
-    sample = training.make_sample(row(image="nowhere.png"), processor, lvlm, 4)
+    sample = training.make_sample(row(image="nowhere.png"), processor, lvlm, images)
     with pytest.raises(SurfError, match=r"nowhere\.png of round c1#0"):
         training.collate([sample], processor=processor, lvlm=lvlm, images=images)
 
 
-def test_unknown_kind(processor, lvlm):
+def test_unknown_kind(processor, lvlm, images):
     with pytest.raises(SurfError, match="'triple'"):
-        training.make_sample(row("triple"), processor, lvlm, 4)
+        training.make_sample(row("triple"), processor, lvlm, images)
     with pytest.raises(SurfError, match="with its references"):
-        training.make_sample(row("pair", negative=None), processor, lvlm, 4)
+        training.make_sample(row("pair", negative=None), processor, lvlm, images)
 
 
 def test_processor_that_cannot_be_used(lvlm, tmp_path):

@@ -1,0 +1,168 @@
+"""The model as it is trained: what is frozen, adapters beside it, and what makes it faster without changing its results."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from surf import adapters
+from surf.config import Finetune, Lvlm
+from surf.errors import SurfError
+from surf.processing import stop_at_end
+from surf.training import loss, packing
+
+
+def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:
+    """The model ready to train, and the number of its parameters that are trained.
+
+    Args:
+        checkpoint: folder to go on from. Without DeepSpeed its weights are read here; DeepSpeed reads them itself.
+
+    Raises:
+        SurfError: the model cannot be loaded, or no parameter has any of `finetune.train` in its name.
+    """
+    from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    set_seed(arguments.seed)
+    mine = checkpoint if checkpoint and not arguments.deepspeed else None
+    source = mine if mine and finetune.method == "full" else lvlm.model
+    model = _pretrained(lvlm, source, dtype=dtype(arguments), **_quantised(finetune))
+    return prepare(model, finetune, processor, mine)
+
+
+def dtype(arguments: Any) -> Any:
+    """DeepSpeed keeps float32 master weights itself; without it the weights are the masters, and autocast does the rest."""
+    import torch
+
+    return torch.bfloat16 if arguments.bf16 and arguments.deepspeed else torch.float32
+
+
+def prepare(model: Any, finetune: Finetune, processor: Any, adapter: str | None = None) -> tuple[Any, int]:
+    """`model` as it is trained: switches of speed, frozen but for `finetune.train`, or with adapters (those of a checkpoint).
+
+    Returns:
+        the model, and the number of its parameters that are trained.
+    """
+    stop_at_end(model, processor)
+    _speed_up(model, finetune, processor)
+    trained = {name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)}
+    if not trained:
+        top = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
+        what = f"no parameter of the model has any of {finetune.train} in its name"
+        raise SurfError(what, where="finetune.train", expected=f"parts of names such as {', '.join(top)}")
+    if finetune.method == "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+    else:
+        model = _with_adapter(model, finetune, trained, adapter)
+    sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad]
+    return model, sum(sizes)  # ZeRO-3 leaves an empty shell of a parameter, and its size in ds_numel
+
+
+def packs(finetune: Finetune, processor: Any) -> bool:
+    """Whether the samples of a batch stand in one row."""
+    return finetune.packing and adapters.of(processor).packs
+
+
+def merged(lvlm: Lvlm, folder: Path) -> Any:
+    """The base model with the adapter of `folder` added to its weights, in the base model's precision."""
+    import torch
+    from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()  # else ZeRO-3 would spread this model over processes that do not take part
+    model = _pretrained(lvlm, lvlm.model, dtype=getattr(torch, lvlm.dtype))
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def _pretrained(lvlm: Lvlm, source: str, **options: Any) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        return AutoModelForImageTextToText.from_pretrained(source, use_safetensors=True, attn_implementation="sdpa", **options)
+    except (OSError, ValueError) as error:
+        what = f"cannot be loaded ({str(error).strip().splitlines()[0]})"
+        raise SurfError(what, where=f"lvlm.model {lvlm.model}", expected="a model with safetensors weights") from None
+
+
+def decoder(model: Any) -> list[Any]:
+    """The layers of the language model."""
+    from transformers import modeling_layers
+
+    text = getattr(model.model, "language_model", None) or getattr(model.model, "text_model", None)
+    found = [module for module in (text or model).modules() if isinstance(module, modeling_layers.GradientCheckpointingLayer)]
+    return found
+
+
+def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
+    """Levers that change no result beyond float noise; each is a knob of the config."""
+    if finetune.loss_chunk and adapters.of(processor).lean:
+        loss.enable(model, finetune.loss_chunk)
+    if packs(finetune, processor):
+        packing.enable(model)
+    layers = decoder(model)
+    if finetune.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for number in range(min(finetune.keep_layers, len(layers))):
+            # evenly spread: what is kept and what is computed again take turns
+            layers[number * len(layers) // finetune.keep_layers].gradient_checkpointing = False
+    if finetune.zero_stage == 3 and finetune.gather_layers and layers:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [type(layers[0])])  # a layer's nine matrices are gathered by one call, under one hook
+    if finetune.compile:
+        for layer in layers:
+            layer.forward = _compiled(layer.forward)
+
+
+def _compiled(forward: Any) -> Any:
+    import torch
+
+    return torch.compile(forward, dynamic=True)
+
+
+# --- adapters beside the weights ---------------------------------------------------------------------------------------
+
+
+def _with_adapter(model: Any, finetune: Finetune, trained: set[str], checkpoint: str | None) -> Any:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer that `finetune.train` names, but the output head."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if finetune.method == "qlora":
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    elif finetune.gradient_checkpointing:
+        model.enable_input_require_grads()
+    if checkpoint:
+        return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
+    head = model.get_output_embeddings()
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head and f"{name}.weight" in trained
+    ]
+    lora = finetune.lora
+    options = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear)
+    return get_peft_model(model, options)
+
+
+def _quantised(finetune: Finetune) -> dict[str, Any]:
+    """QLoRA's four bits (Dettmers et al. 2023, arXiv 2305.14314): NF4, quantised twice; the vision side stays as it is."""
+    if finetune.method != "qlora":
+        return {}
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if not find_spec("bitsandbytes") or not torch.cuda.is_available():
+        missing = "bitsandbytes is not installed" if torch.cuda.is_available() else "there is no GPU"
+        raise SurfError(missing, where="finetune.method: qlora", next="pip install 'surf-rag[qlora]' on a GPU node, or lora")
+    skipped = ["lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skipped,
+    )
+    return {"quantization_config": four, "device_map": {"": torch.cuda.current_device()}}

@@ -1,0 +1,231 @@
+"""The parts of the fine-tune: order of samples, loss, adapters, verdicts, cards, and switches that must change nothing."""
+
+import json
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_finetune import job, rows  # noqa: F401
+
+from surf import config, finetune, prompts, samples
+from surf.errors import SurfError
+from surf.processing import load_processor
+from surf.training.loss import summed
+from surf.training.order import schedule
+from surf.training.speed import cost
+
+lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
+
+
+@given(lengths, st.integers(0, 2**60), st.integers(1, 9), st.booleans())
+def test_every_epoch_holds_every_sample_once(lengths, seed, group, by_length):
+    order = schedule(lengths, 3, seed, group=group, by_length=by_length)
+    size = len(lengths)
+    for epoch in range(3):
+        assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert order == schedule(lengths, 3, seed, group=group, by_length=by_length)
+    assert order[:size] == schedule(lengths, 1, seed, group=group, by_length=by_length)
+    assert len(schedule(lengths, 0.5, seed, group=group, by_length=by_length)) == -(-size // 2)
+
+
+def test_steps_hold_samples_of_similar_length():
+    lengths = [number * 37 % 101 for number in range(96)]
+
+    def waste(by_length):
+        order = schedule(lengths, 2, 0, group=8, by_length=by_length)
+        steps = [[lengths[number] for number in order[start : start + 8]] for start in range(0, len(order), 8)]
+        return sum(max(step) - length for step in steps for length in step)
+
+    assert waste(True) < waste(False) / 4
+    first = schedule(lengths, 2, 0, group=8, by_length=True)[:8]
+    assert max(lengths) in [lengths[number] for number in first]
+    assert schedule(lengths, 2, 0, group=8, by_length=True) != schedule(lengths, 2, 1, group=8, by_length=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 100])
+def test_chunked_cross_entropy_is_cross_entropy(chunk):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30)
+    hidden, targets = torch.randn(10, 8, requires_grad=True), torch.randint(0, 30, (10,))
+    inputs = (hidden, head.weight, head.bias)
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    found = summed(head, hidden, targets, chunk)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_cost_counts_every_matrix_once(tiny_lvlm):
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny_lvlm)
+    counted = cost(model)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    assert counted.vision == sum(size for name, size in sizes.items() if "vision_tower" in name)
+    embedded = model.get_input_embeddings().weight.numel()
+    assert counted.text == sum(sizes.values()) - counted.vision - embedded
+    assert (counted.layers, counted.width) == (2, 64)
+    sample = samples.Sample("c#0", "", (), (), length=100, image_tokens=12)
+    assert counted.flops(sample) == 600 * counted.text + 6 * 2 * 64 * 100**2 + 24 * counted.vision
+
+
+# --- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+texts = st.text(max_size=30).filter(lambda text: prompts.clean(text) and "Ref" not in text)
+
+
+@given(texts, st.lists(st.booleans(), min_size=1, max_size=5))
+def test_a_verdict_comes_off_again(answer, useful):
+    answer = prompts.clean(answer)
+    text = prompts.with_verdict(answer, useful)
+    assert prompts.split_verdict(text) == (answer, useful)
+    assert prompts.split_verdict(answer) == (answer, [])
+    for end in range(len(answer) + 4, len(text)):  # cut off by the length limit
+        assert prompts.split_verdict(text[:end])[0] == answer
+
+
+def test_verdicts_follow_the_order_of_the_references(tiny_lvlm, drawn_images):
+    lvlm = config.Lvlm(model=str(tiny_lvlm), dtype="float32")
+    processor, images = load_processor(lvlm), config.Images(roots=[str(drawn_images)])
+    texts = [samples.make_sample(row, processor, lvlm, images, verdict=True).text for row in rows(4)]
+    assert texts[0].endswith(" a red square\nReferences: 1 useful, 2 not useful</s>")
+    assert texts[1].endswith(" yes\nReferences: 1 useful</s>")
+    assert texts[2].endswith("two green triangles</s>")
+    assert texts[3].endswith(" no\nReferences: 1 not useful</s>")
+    swapped = samples.make_sample(rows(1)[0] | {"positive_first": False}, processor, lvlm, images, verdict=True)
+    assert swapped.text.endswith("\nReferences: 1 not useful, 2 useful</s>")
+
+
+# --- ways to train -----------------------------------------------------------------------------------------------------
+
+
+def weights(out):
+    return load_file(out / "model.safetensors")
+
+
+def test_switches_of_speed_change_no_result(job, tmp_path):  # noqa: F811
+    plain = {"packing": False, "loss_chunk": 0, "gradient_checkpointing": False}
+    switches = {
+        "plain": plain,
+        "fast": {},
+        "kept": {"keep_layers": 1, "loss_chunk": 3},
+        "grouped": {"group_by_length": True, "packing": False},
+    }
+    ends = {}
+    for name, flags in switches.items():
+        settings = job(count=8, epochs=2, learning_rate=1e-3, **flags) | {"out": tmp_path / name}
+        finetune.train(**settings)
+        ends[name] = weights(tmp_path / name)
+        written = json.loads((tmp_path / name / "model.json").read_text())
+        if name == "plain":
+            curve = written["loss_curve"]
+        elif name != "grouped":
+            assert [one["loss"] for one in written["loss_curve"]] == pytest.approx([one["loss"] for one in curve], rel=1e-4)
+    for name in ("fast", "kept"):
+        for key, expected in ends["plain"].items():
+            torch.testing.assert_close(ends[name][key], expected, rtol=0, atol=2e-4)
+    assert any(not ends["grouped"][key].equal(ends["plain"][key]) for key in ends["plain"])
+
+
+def test_broken_run_sees_the_same_samples_and_ends_in_the_same_bits(job, tmp_path, monkeypatch):  # noqa: F811
+    settings = job(count=10, epochs=3, batch_size=2, accumulation=2, group_by_length=True, save_steps=2)
+    seen = {}
+
+    def recorded(out, broken_at=None):
+        seen[out] = []
+
+        def collate(chosen, **keywords):
+            seen[out].append([sample.round_id for sample in chosen])
+            if len(seen[out]) == broken_at:
+                raise MemoryError
+            return samples.collate(chosen, **keywords)
+
+        monkeypatch.setattr(finetune, "collate", collate)
+        finetune.train(**settings | {"out": tmp_path / out})
+
+    recorded("whole")
+    with pytest.raises(MemoryError):
+        recorded("broken", broken_at=12)
+    recorded("broken")
+    assert len(seen["whole"]) == 15  # 30 samples, two a batch
+    assert seen["broken"] == seen["whole"][-len(seen["broken"]) :]
+    assert len(seen["broken"]) < 15
+    whole, broken = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(whole[key].equal(broken[key]) for key in whole)
+    assert (tmp_path / "whole/model.json").read_bytes() == (tmp_path / "broken/model.json").read_bytes()
+
+
+def test_lora_merges_into_a_plain_folder_and_goes_on_after_a_kill(job, tmp_path, monkeypatch):  # noqa: F811
+    from transformers import AutoModelForImageTextToText
+
+    flags = {"method": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}, "learning_rate": 1e-2, "save_steps": 2}
+    settings = job(count=4, epochs=6, batch_size=2, **flags)
+    finetune.train(**settings)
+    out = settings["out"]
+    base, tuned = weights(finetune.Path(settings["lvlm"].model)), weights(out)
+    assert tuned.keys() == base.keys()
+    assert not list(out.glob("adapter*"))
+    changed = {name for name in base if not tuned[name].equal(base[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight") and name.startswith("language_model")} | {
+        name for name in base if name.startswith("multi_modal_projector") and name.endswith("weight")
+    }
+    _, loading = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+    # the adapter alone gives the same logits, and a run that was broken off ends the same
+    alone = settings | {"out": tmp_path / "alone"}
+    alone["finetune"] = settings["finetune"].model_copy(update={"lora": config.Lora(rank=4, alpha=8, dropout=0.0, merge=False)})
+    steps = []
+
+    def broken(*args, **keywords):
+        steps.append(0)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return samples.collate(*args, **keywords)
+
+    monkeypatch.setattr(finetune, "collate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(**alone)
+    monkeypatch.setattr(finetune, "collate", samples.collate)
+    assert not (alone["out"] / "model.json").exists()
+    finetune.train(**alone)
+    assert (alone["out"] / "adapter_model.safetensors").exists() and not (alone["out"] / "model.safetensors").exists()
+    with torch.no_grad():
+        ids = {"input_ids": torch.arange(5, 25)[None]}
+        merged = AutoModelForImageTextToText.from_pretrained(out)(**ids).logits
+        beside = AutoModelForImageTextToText.from_pretrained(alone["out"])(**ids).logits
+    torch.testing.assert_close(beside, merged, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_way_to_train_needs_is_told(job):  # noqa: F811
+    with pytest.raises(SurfError, match=r"finetune\.method: qlora.*(\n.*)*surf-rag\[qlora\]"):
+        finetune.train(**job(method="qlora"))
+    with pytest.raises(SurfError, match="mlflow is not installed"):
+        finetune.train(**job(report_to=["mlflow"]))
+    with pytest.raises(ValueError, match=r"finetune\.offload: all needs finetune\.zero_stage"):
+        config.Finetune(offload="all", zero_stage=0)
+    with pytest.raises(ValueError, match="four-bit weights cannot be spread"):
+        config.Finetune(method="qlora", zero_stage=3)
+
+
+def test_every_step_is_one_line_and_the_card_says_what_made_the_model(job, caplog):  # noqa: F811
+    caplog.set_level(logging.INFO, "surf")
+    settings = job(count=4, epochs=3, batch_size=2)
+    finetune.train(**settings)
+    lines = [record.message for record in caplog.records if record.message.startswith("step ")]
+    assert len(lines) == 6
+    assert all(part in lines[0] for part in ("step 1/6  loss ", "lr ", "samples/s", "waiting for data", " left"))
+    out = settings["out"]
+    written = json.loads((out / "model.json").read_text())
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    for fact in (written["pairs"], written["flags"].split()[0], f"{written['trainable_parameters']:,}", "| 6 | "):
+        assert fact in card
+    assert {"torch", "transformers", "deepspeed"} <= written["versions"].keys()
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"} <= names
+    assert "surf_packed" not in (out / "config.json").read_text()
