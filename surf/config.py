@@ -206,8 +206,6 @@ class Lora(Section):
 class Finetune(Section):
     """DeepSpeed fine-tune. Defaults are the original's hyper-parameters."""
 
-    version: ClassVar[int] = 2
-
     processes: Positive = Field(default=1, description="Processes (one a GPU) on each node.")
     nodes: Positive = Field(default=1, description="Nodes; more than one needs SLURM.")
     method: Literal["full", "lora", "qlora"] = Field(
