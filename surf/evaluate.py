@@ -203,6 +203,8 @@ def _answer(words: Sequence[str]) -> None:
     parts = [_part(args.out.parent / f"{name}.parquet") for name in args.methods]
     content = {"dataset": "evaluate/answers", "rows": sum(part["rows"] for part in parts), "parts": parts}
     store.write_json(args.out, content)
+    for name in args.methods:
+        store.forget(args.out.parent / f"{name}.parquet")
     clock.note(args.out.parent / f"{args.out.parent.name}.parquet", len(rows) * len(jobs))
 
 
