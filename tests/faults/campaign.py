@@ -75,16 +75,17 @@ class Campaign:
         different = difference(self.truth, example)
         for rule, what, count in done["events"]:
             self.events[rule, what] += count
-        self.faults += [f"{name}: {fault}" for fault in done["faults"]]
-        self.faults += [f"{name}: {len(different.files)} files differ: {different.files[:5]}"] if different.files else []
-        self.faults += [f"{name}: left behind {different.strays[:5]}"] if different.strays else []
+        faults = list(done["faults"])
+        faults += [f"{len(different.files)} files differ: {different.files[:5]}"] if different.files else []
+        faults += [f"left behind: {different.strays[:5]}"] if different.strays else []
+        self.faults += [f"{name}: {fault}" for fault in faults]
         self.strange += len(different.files) + len(different.strays)
         self.lost += different.lost
         self.doubled += different.doubled
         self.twice += done["twice"]
         self.kept += done["kept"]
         self.reruns += done.get("reruns", 0)
-        say(f"{name}: {'as the truth' if not different and not done['faults'] else 'NOT AS THE TRUTH'}")
+        say("\n".join([f"{name}: {'NOT AS THE TRUTH' if faults else 'as the truth'}", *faults]))
 
     def kills(self) -> int:
         """Signals that struck."""

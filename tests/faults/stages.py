@@ -124,6 +124,8 @@ class Runner:
         code = self.wait(pid, self.draw.uniform(0, self.seconds.get(job.output, 1.0)))
         if code is not None:
             self.events[job.rule, "came too late"] += 1
+            if job.rule == "finetune":  # it would not train again
+                shutil.rmtree(self.example.results / "model", ignore_errors=True)
             return
         members = sorted(self.example.processes()) or [pid]
         for victim in members if whole_group else [self.draw.choice(members)]:
@@ -189,6 +191,7 @@ class Runner:
     def torn_checkpoint(self, job: Job) -> None:
         """Training is killed when it has saved a checkpoint, and a file of the last one is truncated."""
         checkpoints = self.example.results / "model/_checkpoints"
+        shutil.rmtree(checkpoints, ignore_errors=True)  # or there may be too little left to train
         pid = self.start(job)
         while self.wait(pid, 0) is None and len(list(checkpoints.glob("checkpoint-*/_whole"))) < 2:
             time.sleep(0.05)

@@ -133,7 +133,9 @@ def test_answer_command_line(answer_job):
     assert answer_job.responder.settings == {(5, 0.0)}
     meta = store.footer(folder / "rag/random.parquet")[1]
     assert (meta["stage"], meta["method"]) == ("pope answer", "rag")
-    assert store.sweep(folder) == 0 and not (folder / "rag/_partial").exists(), "the end of a run removes what was saved on the way"
+    assert store.sweep(folder) == 0 and not (folder / "rag/_partial").exists(), (
+        "the end of a run removes what was saved on the way"
+    )
 
 
 def test_without_references_none_are_used(answer_job):
