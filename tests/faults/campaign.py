@@ -165,8 +165,8 @@ def main() -> None:
         with ThreadPoolExecutor(2) as pool:
             work = [
                 pool.submit(campaign.through_snakemake, args.kills - 2 * half),
-                pool.submit(campaign.by_hand, half, 3, True),
-                pool.submit(campaign.by_hand, half, 3, False),
+                pool.submit(campaign.by_hand, half, 2, True),
+                pool.submit(campaign.by_hand, half, 2, False),
             ]
             for one in work:
                 one.result()

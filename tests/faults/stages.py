@@ -107,11 +107,14 @@ class Runner:
                 return
             time.sleep(0.1)
 
+    def said(self, job: Job) -> str:
+        """What all attempts of a job wrote."""
+        path = _words(job.command, self.example.folder)[1]
+        return path.read_text(errors="replace") if path.is_file() else ""
+
     def log(self, job: Job) -> str:
         """What the last attempt wrote."""
-        path = _words(job.command, self.example.folder)[1]
-        text = path.read_text(errors="replace") if path.is_file() else ""
-        return re.split(rf"^.* {cli.BEGINS} .*\n", text, flags=re.M)[-1]
+        return re.split(rf"^.* {cli.BEGINS} .*\n", self.said(job), flags=re.M)[-1]
 
     # --- harms: each leaves the job unfinished, or done; `finish` follows -----------------------------------------------------
 
@@ -120,6 +123,7 @@ class Runner:
         name = self.draw.choices(list(SIGNALS), SIGNALS.values())[0]
         number = signal.Signals[name]
         whole_group = self.draw.random() < 0.3
+        before = len(self.said(job))
         pid = self.start(job)
         code = self.wait(pid, self.draw.uniform(0, self.seconds.get(job.output, 1.0)))
         if code is not None:
@@ -137,15 +141,11 @@ class Runner:
             os.killpg(pid, signal.SIGKILL)
             self.wait(pid)
         self.events[job.rule, name] += 1
-        begun = cli.BEGINS in self._since_begin(job)
+        said = self.said(job)[before:]
         if job.rule != "finetune" and code not in (-number, 128 + number, 0):
-            self.faults.append(f"{job.output}: exit code {code} after {name}: {self.log(job)[-500:]}")
-        if job.rule != "finetune" and begun and name != "SIGKILL" and "Traceback" in self.log(job):
-            self.faults.append(f"{job.output}: a traceback after {name}: {self.log(job)[-800:]}")
-
-    def _since_begin(self, job: Job) -> str:
-        path = _words(job.command, self.example.folder)[1]
-        return path.read_text(errors="replace") if path.is_file() else ""
+            self.faults.append(f"{job.output}: exit code {code} after {name}: {said[-500:]}")
+        if job.rule != "finetune" and cli.BEGINS in said and name != "SIGKILL" and "Traceback" in said:
+            self.faults.append(f"{job.output}: a traceback after {name}: {said[-800:]}")
 
     def second_writer(self, job: Job) -> None:
         """The same job twice at the same time; sometimes one of them is killed."""
@@ -299,6 +299,9 @@ def become(program: Callable[[], object], log: Path) -> NoReturn:
         logging.getLogger().handlers.clear()
         program()
         code = 0
+    except KeyboardInterrupt:  # before the stage began: die of it, as Python does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except BaseException:
