@@ -31,12 +31,12 @@ HERE = Path(__file__).parent
 class Campaign:
     """The truth, the harmed lives, and what became of them."""
 
-    def __init__(self, base: Path, scale: float, seed: int) -> None:
-        self.base, self.scale, self.seed = base, scale, seed
+    def __init__(self, base: Path, scale: float, seed: int, shards: int = 2) -> None:
+        self.base, self.size, self.seed = base, (scale, shards), seed
         self.events: Counter = Counter()
         self.faults: list[str] = []
         self.strange = self.lost = self.doubled = self.twice = self.kept = self.reruns = self.lives = 0
-        self.truth = Example(base / "truth").create(scale)
+        self.truth = Example(base / "truth").create(*self.size)
         self.jobs: list[Job] = []
         self.seconds: dict[str, float] = {}
 
@@ -51,7 +51,7 @@ class Campaign:
     def by_hand(self, kills: int, training: int, others: bool) -> None:
         """One life of stages by their own commands."""
         number = self.lives = self.lives + 1
-        example = Example(self.base / f"life{number}").create(self.scale)
+        example = Example(self.base / f"life{number}").create(*self.size)
         with disk(example.results) if others else _nothing():
             done = stages(
                 example,
@@ -67,7 +67,7 @@ class Campaign:
     def through_snakemake(self, kills: int) -> None:
         """One life through Snakemake."""
         number = self.lives = self.lives + 1
-        example = Example(self.base / f"life{number}").create(self.scale)
+        example = Example(self.base / f"life{number}").create(*self.size)
         self.settle(f"life {number}, through Snakemake", example, workflow.run(example, seed=self.seed + number, kills=kills))
 
     def settle(self, name: str, example: Example, done: dict) -> None:

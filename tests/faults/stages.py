@@ -324,8 +324,12 @@ def _remount(folder: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{size}", str(folder)], check=True)
 
 
-def preload() -> None:
-    """Load once what stages load, but nothing of surf that runs as a program."""
+def preload(rules: set[str]) -> None:
+    """Load once what these stages load, but nothing of surf, which runs as a program."""
+    if rules & {"embed", "retrieve", "build_index"}:
+        pass
+    if rules & {"pope", "report"}:
+        pass
     import transformers.models.clip.modeling_clip
     import transformers.models.llava.modeling_llava  # noqa: F401
 
@@ -333,8 +337,8 @@ def preload() -> None:
 def main() -> None:
     """As a program: read a task as JSON from stdin, print what came of it as JSON in the last line."""
     task = json.load(sys.stdin)
-    preload()
     example, jobs = Example(Path(task.pop("folder"))), [Job(*job) for job in task.pop("jobs")]
+    preload({job.rule for job in jobs})
     print(json.dumps(run(example, jobs, **task)))
 
 
