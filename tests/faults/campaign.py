@@ -31,12 +31,12 @@ HERE = Path(__file__).parent
 class Campaign:
     """The truth, the harmed lives, and what became of them."""
 
-    def __init__(self, base: Path, scale: float, seed: int) -> None:
-        self.base, self.scale, self.seed = base, scale, seed
+    def __init__(self, base: Path, scale: float, seed: int, shards: int = 2) -> None:
+        self.base, self.size, self.seed = base, (scale, shards), seed
         self.events: Counter = Counter()
         self.faults: list[str] = []
         self.strange = self.lost = self.doubled = self.twice = self.kept = self.reruns = self.lives = 0
-        self.truth = Example(base / "truth").create(scale)
+        self.truth = Example(base / "truth").create(*self.size)
         self.jobs: list[Job] = []
         self.seconds: dict[str, float] = {}
 
@@ -51,7 +51,7 @@ class Campaign:
     def by_hand(self, kills: int, training: int, others: bool) -> None:
         """One life of stages by their own commands."""
         number = self.lives = self.lives + 1
-        example = Example(self.base / f"life{number}").create(self.scale)
+        example = Example(self.base / f"life{number}").create(*self.size)
         with disk(example.results) if others else _nothing():
             done = stages(
                 example,
@@ -67,7 +67,7 @@ class Campaign:
     def through_snakemake(self, kills: int) -> None:
         """One life through Snakemake."""
         number = self.lives = self.lives + 1
-        example = Example(self.base / f"life{number}").create(self.scale)
+        example = Example(self.base / f"life{number}").create(*self.size)
         self.settle(f"life {number}, through Snakemake", example, workflow.run(example, seed=self.seed + number, kills=kills))
 
     def settle(self, name: str, example: Example, done: dict) -> None:
@@ -75,16 +75,17 @@ class Campaign:
         different = difference(self.truth, example)
         for rule, what, count in done["events"]:
             self.events[rule, what] += count
-        self.faults += [f"{name}: {fault}" for fault in done["faults"]]
-        self.faults += [f"{name}: {len(different.files)} files differ: {different.files[:5]}"] if different.files else []
-        self.faults += [f"{name}: left behind {different.strays[:5]}"] if different.strays else []
+        faults = list(done["faults"])
+        faults += [f"{len(different.files)} files differ: {different.files[:5]}"] if different.files else []
+        faults += [f"left behind: {different.strays[:5]}"] if different.strays else []
+        self.faults += [f"{name}: {fault}" for fault in faults]
         self.strange += len(different.files) + len(different.strays)
         self.lost += different.lost
         self.doubled += different.doubled
         self.twice += done["twice"]
         self.kept += done["kept"]
         self.reruns += done.get("reruns", 0)
-        say(f"{name}: {'as the truth' if not different and not done['faults'] else 'NOT AS THE TRUTH'}")
+        say("\n".join([f"{name}: {'NOT AS THE TRUTH' if faults else 'as the truth'}", *faults]))
 
     def kills(self) -> int:
         """Signals that struck."""
@@ -164,8 +165,8 @@ def main() -> None:
         with ThreadPoolExecutor(2) as pool:
             work = [
                 pool.submit(campaign.through_snakemake, args.kills - 2 * half),
-                pool.submit(campaign.by_hand, half, 3, True),
-                pool.submit(campaign.by_hand, half, 3, False),
+                pool.submit(campaign.by_hand, half, 2, True),
+                pool.submit(campaign.by_hand, half, 2, False),
             ]
             for one in work:
                 one.result()

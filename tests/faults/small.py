@@ -38,7 +38,7 @@ class Example:
         self.folder, self.results = folder, folder / "results"
         self._rows: dict[Path, Counter] = {}  # saved rows of every piece
 
-    def create(self, scale: float) -> "Example":
+    def create(self, scale: float, shards: int = 2) -> "Example":
         """Links to the project, and a config file that makes the example small and saves often."""
         folder = self.folder
         folder.mkdir(parents=True)
@@ -46,10 +46,11 @@ class Example:
             (folder / name).symlink_to(ROOT / name)
         config = yaml.safe_load((ROOT / "config.yaml").read_text())
         config["demo"]["scale"] = scale
+        config["shards"] = {"corpus": shards, "rounds": shards}
         config["answer"]["flush_rows"] = 8
         config["lvlm"]["batch_size"] = 4
         config["embed"]["batch_size"] = 8
-        config["images"]["max_bad_share"] = 0.2  # one image is missing already, and one more will be
+        config["images"]["max_bad_share"] = 0.6  # one image is missing already, and one more will be
         config["finetune"] |= {"save_steps": 1, "epochs": 1, "batch_size": 2}
         config["pair"]["samples"] = 64
         config["pope"]["questions"] = {"random": config["pope"]["questions"]["random"]}

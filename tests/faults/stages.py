@@ -107,11 +107,14 @@ class Runner:
                 return
             time.sleep(0.1)
 
+    def said(self, job: Job) -> str:
+        """What all attempts of a job wrote."""
+        path = _words(job.command, self.example.folder)[1]
+        return path.read_text(errors="replace") if path.is_file() else ""
+
     def log(self, job: Job) -> str:
         """What the last attempt wrote."""
-        path = _words(job.command, self.example.folder)[1]
-        text = path.read_text(errors="replace") if path.is_file() else ""
-        return re.split(rf"^.* {cli.BEGINS} .*\n", text, flags=re.M)[-1]
+        return re.split(rf"^.* {cli.BEGINS} .*\n", self.said(job), flags=re.M)[-1]
 
     # --- harms: each leaves the job unfinished, or done; `finish` follows -----------------------------------------------------
 
@@ -120,10 +123,13 @@ class Runner:
         name = self.draw.choices(list(SIGNALS), SIGNALS.values())[0]
         number = signal.Signals[name]
         whole_group = self.draw.random() < 0.3
+        before = len(self.said(job))
         pid = self.start(job)
         code = self.wait(pid, self.draw.uniform(0, self.seconds.get(job.output, 1.0)))
         if code is not None:
             self.events[job.rule, "came too late"] += 1
+            if job.rule == "finetune":  # it would not train again
+                shutil.rmtree(self.example.results / "model", ignore_errors=True)
             return
         members = sorted(self.example.processes()) or [pid]
         for victim in members if whole_group else [self.draw.choice(members)]:
@@ -135,15 +141,11 @@ class Runner:
             os.killpg(pid, signal.SIGKILL)
             self.wait(pid)
         self.events[job.rule, name] += 1
-        begun = cli.BEGINS in self._since_begin(job)
+        said = self.said(job)[before:]
         if job.rule != "finetune" and code not in (-number, 128 + number, 0):
-            self.faults.append(f"{job.output}: exit code {code} after {name}: {self.log(job)[-500:]}")
-        if job.rule != "finetune" and begun and name != "SIGKILL" and "Traceback" in self.log(job):
-            self.faults.append(f"{job.output}: a traceback after {name}: {self.log(job)[-800:]}")
-
-    def _since_begin(self, job: Job) -> str:
-        path = _words(job.command, self.example.folder)[1]
-        return path.read_text(errors="replace") if path.is_file() else ""
+            self.faults.append(f"{job.output}: exit code {code} after {name}: {said[-500:]}")
+        if job.rule != "finetune" and cli.BEGINS in said and name != "SIGKILL" and "Traceback" in said:
+            self.faults.append(f"{job.output}: a traceback after {name}: {said[-800:]}")
 
     def second_writer(self, job: Job) -> None:
         """The same job twice at the same time; sometimes one of them is killed."""
@@ -189,6 +191,7 @@ class Runner:
     def torn_checkpoint(self, job: Job) -> None:
         """Training is killed when it has saved a checkpoint, and a file of the last one is truncated."""
         checkpoints = self.example.results / "model/_checkpoints"
+        shutil.rmtree(checkpoints, ignore_errors=True)  # or there may be too little left to train
         pid = self.start(job)
         while self.wait(pid, 0) is None and len(list(checkpoints.glob("checkpoint-*/_whole"))) < 2:
             time.sleep(0.05)
@@ -296,6 +299,9 @@ def become(program: Callable[[], object], log: Path) -> NoReturn:
         logging.getLogger().handlers.clear()
         program()
         code = 0
+    except KeyboardInterrupt:  # before the stage began: die of it, as Python does
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except BaseException:
@@ -318,8 +324,12 @@ def _remount(folder: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{size}", str(folder)], check=True)
 
 
-def preload() -> None:
-    """Load once what stages load, but nothing of surf that runs as a program."""
+def preload(rules: set[str]) -> None:
+    """Load once what these stages load, but nothing of surf, which runs as a program."""
+    if rules & {"embed", "retrieve", "build_index"}:
+        pass
+    if rules & {"pope", "report"}:
+        pass
     import transformers.models.clip.modeling_clip
     import transformers.models.llava.modeling_llava  # noqa: F401
 
@@ -327,8 +337,8 @@ def preload() -> None:
 def main() -> None:
     """As a program: read a task as JSON from stdin, print what came of it as JSON in the last line."""
     task = json.load(sys.stdin)
-    preload()
     example, jobs = Example(Path(task.pop("folder"))), [Job(*job) for job in task.pop("jobs")]
+    preload({job.rule for job in jobs})
     print(json.dumps(run(example, jobs, **task)))
 
 
