@@ -6,10 +6,11 @@ import tiny
 import torch
 from PIL import Image
 
-from surf import adapters, config, finetune, pope, processing, prompts, samples, store
+from surf import adapters, config, evaluate, finetune, processing, prompts, samples, store
 from surf.answer import answer
 from surf.errors import SurfError
 from surf.images import Images
+from surf.methods import Method
 from surf.models import Request, lvlm
 from surf.prompts import Reference
 from surf.reanswer import Judge, reanswer
@@ -213,14 +214,18 @@ def test_answer_reanswer_finetune_pope(options, pictures, tmp_path, monkeypatch)
     answers = tuned.respond([Request(prompt, 0) for prompt in asked], max_new_tokens=8)
     assert answers == [row(n)["answer"] for n in range(2)]
 
-    questions = [{"question_id": f"s#{n}", "image": f"q{n}.png", "question": "Is it red?", "label": True} for n in range(2)]
-    table = pope.answer(
+    questions = [
+        {"question_id": f"s#{n}", "split": "s", "image": f"q{n}.png", "question": "Is it red?", "answers": ["yes"]}
+        for n in range(2)
+    ]
+    table = evaluate.answer(
         questions,
-        {"q0.png": list(enumerate(REFERENCES))},
+        {"s#0": list(enumerate(REFERENCES))},
         tuned,
-        store.Partial(tmp_path / "pope.parquet", "pope/answers"),
+        store.Partial(tmp_path / "pope.parquet", "evaluate/answers"),
+        method=Method(model="tuned", references=2),
         lvlm=options,
-        options=config.Pope(questions={"s": "s.json"}, max_new_tokens=4),
+        max_new_tokens=4,
     )
     assert table.num_rows == 2
 
