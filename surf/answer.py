@@ -135,7 +135,7 @@ def main() -> None:
     )
     meta = {"stage": "answer", "version": version, "flags": flags}
     store.write_table(args.out, result, "answers", meta)
-    clock.note(args.out, rounds.num_rows)
+    clock.note(args.out, rounds.num_rows, workers=count)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ every rate is measured `repeats` times on different rows. The file that it write
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import math
 import os
@@ -24,16 +23,17 @@ from typing import Any
 import numpy as np
 import yaml
 
-from surf import cli, config, rates, store, weights
+from surf import cli, config, finished, planevaluate, rates, store, weights, workers
 from surf.errors import SurfError
 from surf.shards import stable_hash
+from surf.tasks import KINDS
 
 log = logging.getLogger("surf")
 Row = dict[str, Any]
 
 _VERSIONS = ("torch", "transformers", "open_clip_torch", "faiss-cpu", "deepspeed", "snakemake")
 _TRAINED_STEPS = 6  # the later half is timed
-_TARGETS = ["embeddings", "rounds", "answers", "neighbors", "reanswers", "scores", "pope"]
+_TARGETS = ["embeddings", "rounds", "answers", "neighbors", "reanswers", "scores", "evidence"]
 
 
 def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, images: int, rounds: int, questions: int) -> Row:
@@ -41,7 +41,7 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
 
     Args:
         jobs: GPU jobs at a time; as many as will share this machine in the real run.
-        images, rounds, questions: rows of one repeat of `embed`, of `answer`, and of each method of `pope`.
+        images, rounds, questions: rows of one repeat of `embed`, of `answer`, and of each evaluation task.
 
     Raises:
         SurfError: the data cannot be read, or a stage fails; its log is named, and the folder stays.
@@ -50,11 +50,16 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
     folder = folder.absolute()
     folder.mkdir(parents=True)
     small = sample(cfg, folder, repeats=repeats, images=images, rounds=rounds, questions=questions)
-    _snakemake(folder, small, _TARGETS, jobs)
-    found = rates.of_results(small, "calibration")
-    stages = {**found.stages, "search": search(cfg, repeats)}
-    for key in ("retrieve", "pope_retrieve"):  # a small corpus says nothing of the real one: see "search"
-        stages.pop(key, None)
+    scores = planevaluate.needed(cfg.evaluate.all_methods().values())
+    candidates = [f"{small.results}/evaluate/{task}/candidates/{by}.parquet" for task in small.evaluate.tasks for by in scores]
+    _snakemake(folder, small, [*_TARGETS, *candidates], jobs)
+    found = finished.read(small, "calibration")
+    # a small corpus says nothing of the real one: see "search"; what else there is of evaluation is there once a repeat
+    stages = {key: stage for key, stage in found.stages.items() if "retrieve" not in key and "evaluate" not in key}
+    stages["search"] = search(cfg, repeats)
+    places = {task: _places(task, repeats) for task in cfg.evaluate.tasks}
+    evaluation = planevaluate.finished(small, "calibration", places)
+    stages.update({key: stage for key, stage in evaluation.items() if stage.row})
     pairs = None
     if (without := _untrainable(cfg)) is None:
         stages["finetune"], pairs = _finetune(folder, small, jobs)
@@ -68,24 +73,23 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
 
 def sample(cfg: config.Config, folder: Path, *, repeats: int, images: int, rounds: int, questions: int) -> config.Config:
     """Write samples of the user's files into `folder`; returns the config that runs the workflow on them."""
-    corpus, chats, asked = folder / "corpus.json", folder / "sft.json", {}
+    corpus, chats = folder / "corpus.json", folder / "sft.json"
     store.write_json_rows(corpus, _pick(_rows(cfg.catalog.captions, "captions"), images * repeats))
     talks = [row for row in _rows(cfg.split.conversations, "conversations") if isinstance(row, dict) and "image" in row]
     store.write_json_rows(chats, _pick(talks, rounds * repeats))  # at least one round each; `split.limit` cuts
-    every = [row for path in cfg.pope.questions.values() for row in _questions(Path(path))]
-    for repeat, rows in enumerate(np.array_split(np.array(_pick(every, questions * repeats), object), repeats)):
-        asked[f"r{repeat}"] = str(folder / f"questions-{repeat}.json")
-        numbered = [{**row, "question_id": number} for number, row in enumerate(rows)]
-        store.write_text(Path(asked[f"r{repeat}"]), "".join(json.dumps(row) + "\n" for row in numbered))
-    counts = sorted({method.references for method in cfg.pope.methods.values()})
     values = cfg.model_dump(mode="json")
     values.pop("demo")
     values["results"] = str(folder / "results")
     values["shards"] = {"corpus": repeats, "rounds": repeats}
     values["catalog"]["captions"], values["split"]["conversations"] = [str(corpus)], [str(chats)]
     values["split"]["limit"] = rounds * repeats
-    values["pope"]["questions"] = asked
-    values["pope"]["methods"] = {f"with-{count}": {"model": "base", "references": count} for count in counts}
+    values["variants"] = {}
+    values["evaluate"]["tasks"] = {
+        place: task for name in cfg.evaluate.tasks for place, task in _tasks(cfg, name, folder, questions, repeats).items()
+    }
+    counts = sorted({0, *(count for one in planevaluate.by_model(cfg).values() for count in planevaluate.asked(one.values()))})
+    values["evaluate"]["methods"] = {f"with-{count}": _method(count, cfg.retrieve.references) for count in counts}
+    values["evaluate"]["sweeps"] = {}
     # a broken image more or less is no reason to stop here; no checkpoint falls into the timed steps
     values["images"] = {**values["images"], "max_bad_share": 1.0, "roots": [_absolute(root) for root in cfg.images.roots]}
     values["finetune"]["save_steps"] = 10**9
@@ -144,10 +148,28 @@ def _rows(paths: Sequence[str], what: str) -> list[Any]:
     return [row for path in paths for row in store.read_rows(Path(path), f"a list of {what}")]
 
 
-def _questions(path: Path) -> list[Row]:
-    from surf.popefile import read_questions
+def _tasks(cfg: config.Config, name: str, folder: Path, questions: int, repeats: int) -> Row:
+    """A task for each repeat of a task. All are of kind vqa, whose files can hold the questions of any kind."""
+    task = cfg.evaluate.tasks[name]
+    every = [one for part, path in task.files.items() for one in KINDS[task.kind].read(Path(path), part)]
+    suffix = KINDS[task.kind].suffix if task.suffix is None else task.suffix
+    chosen, made = _pick(every, questions * repeats), {}
+    for repeat, place in enumerate(_places(name, repeats)):
+        path = folder / f"{place}.json"
+        keys = ("question_id", "image", "question", "answers")
+        store.write_json_rows(path, [{key: one[key] for key in keys} for one in chosen[repeat::repeats]])
+        made[place] = {"kind": "vqa", "files": {"sample": str(path)}, "suffix": suffix, "max_new_tokens": task.max_new_tokens}
+    return made
 
-    return [{"image": one.image, "text": one.text, "label": "yes" if one.label else "no"} for one in read_questions(path)]
+
+def _method(references: int, most: int) -> Row:
+    """A method of the base model; the most that can be retrieved are `most`."""
+    return {"model": "base", "references": references, "source": "random" if references > most else "retrieved"}
+
+
+def _places(task: str, repeats: int) -> list[str]:
+    """Names of the tasks that stand for a task in the sample."""
+    return [f"{task}-{repeat}" for repeat in range(repeats)]
 
 
 def _pick(rows: Sequence[Any], count: int) -> list[Any]:
@@ -177,8 +199,10 @@ def _snakemake(folder: Path, cfg: config.Config, targets: Sequence[str], jobs: i
     options = ["--resources", f"gpu={jobs}", "--cores", str(max(jobs, cfg.finetune.processes)), "--quiet", "host"]
     command = [sys.executable, "-m", "snakemake", *targets, "--snakefile", str(snakefile), "--directory", str(folder)]
     output = folder / "snakemake.log"
+    alone = {**os.environ, workers.COUNT: "1"}  # rates are those of one worker on one GPU
+    command += ["--configfile", str(configfile), *options]
     with open(output, "ab") as sink:
-        done = subprocess.run([*command, "--configfile", str(configfile), *options], stdout=sink, stderr=sink, check=False)
+        done = subprocess.run(command, stdout=sink, stderr=sink, env=alone, check=False)
     if done.returncode:
         raise SurfError("the sample run failed", where=str(output), next=f"see the log that {output} names at its end")
 
@@ -195,12 +219,12 @@ def _finetune(folder: Path, cfg: config.Config, jobs: int) -> tuple[rates.Stage,
     epochs = max(1, math.ceil(_TRAINED_STEPS * group / count))
     longer = cfg.model_copy(update={"finetune": cfg.finetune.model_copy(update={"epochs": epochs})})
     _snakemake(folder, longer, ["model"], jobs)
-    found = rates.of_results(longer, "calibration")
+    found = finished.read(longer, "calibration")
     training = found.stages.get("finetune", rates.Stage()).row
     if training is None:
         return rates.Stage(), found.pairs
     wall = _walls(folder).get("finetune", [0.0])[0]
-    start = max(0.0, wall - training.typical * count * epochs)
+    start = max(0.0, wall - training.typical / cfg.finetune.processes * count * epochs)
     return rates.Stage(training, rates.Measure((start,), "calibration")), found.pairs
 
 
@@ -216,11 +240,11 @@ def _untrainable(cfg: config.Config) -> str | None:
 
 def _light(folder: Path) -> dict[str, rates.Stage]:
     """Rules without telemetry: how long their jobs took as a whole."""
-    names = ("catalog", "split", "merge", "build_index", "pair", "pope_questions", "pope", "report")
+    names = ("catalog", "split", "merge", "build_index", "pair", "evidence")
     walls = _walls(folder)
     stages = {name: rates.Stage(start=rates.Measure(tuple(walls[name]), "calibration")) for name in names if name in walls}
-    for name in ("pair", "report"):  # not run, or not even possible on the sample: as long as a merge
-        stages.setdefault(name, stages["merge"])
+    stages.setdefault("pair", stages["merge"])
+    stages["pope"] = stages["report"] = stages["evidence"]  # pages and tables alike
     return stages
 
 
@@ -248,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each stage")
     parser.add_argument("--images", type=int, default=256, help="corpus images of one repeat")
     parser.add_argument("--rounds", type=int, default=128, help="rounds of one repeat")
-    parser.add_argument("--questions", type=int, default=96, help="POPE questions of one repeat")
+    parser.add_argument("--questions", type=int, default=96, help="questions of one repeat, of each evaluation task")
     args = parser.parse_args(argv)
     cfg = config.load(args.configfile)
     out = args.out or rates.place(cfg)

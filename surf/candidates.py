@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ordered = {(row["question_id"], image_id): done[row["question_id"], image_id] for row, image_id, _ in asked}
     meta = {"stage": "candidates", "version": VERSION, "by": args.by, "flags": flags}
     store.write_table(args.out, store.table_of(_rows(ordered), "evaluate/candidates"), "evaluate/candidates", meta)
-    clock.note(args.out, len(ordered))
+    clock.note(args.out, len(places))
 
 
 def _rows(scores: dict[tuple[str, int], float]) -> list[Row]:

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from surf import catalog, config, headers, leaks, plan, plantable, rates, split, store, weights
+from surf import catalog, config, finished, headers, leaks, plan, planevaluate, plantable, rates, split, store, weights
 from surf.images import Images
-from surf.popefile import read_questions
+from surf.tasks import KINDS, Question
 from surf.verdicts import Report
 
 _SHOWN = 3  # names in a line
@@ -35,15 +35,17 @@ class Found:
     corpus_bytes: int = 0
     rounds: list[str] = field(default_factory=list)
     rounds_bytes: int = 0
-    questions: dict[str, list[str]] = field(default_factory=dict)
+    questions: dict[str, list[Question]] = field(default_factory=dict)  # by task
     seconds: dict[str, float] = field(default_factory=dict)
 
     def evaluation(self) -> list[str]:
         """Images of all questions, each once."""
-        return list(dict.fromkeys(name for names in self.questions.values() for name in names))
+        return list(dict.fromkeys(one["image"] for asked in self.questions.values() for one in asked))
 
 
-def check(report: Report, cfg: config.Config, *, gpus: int, cores: int, near: bool, calibration: Path) -> plan.Plan | None:
+def check(
+    report: Report, cfg: config.Config, *, gpus: int, gpus_per_job: int, cores: int, near: bool, calibration: Path
+) -> plan.Plan | None:
     """Look at everything that the config names, and make the plan. None if the data cannot be read, or do not exist yet."""
     drawn, whole = _files(report, cfg)
     folder = _models(report, cfg)
@@ -59,9 +61,10 @@ def check(report: Report, cfg: config.Config, *, gpus: int, cores: int, near: bo
     if whole:
         _images(report, cfg, found, cores, near)
     _leaks(report, cfg, found)
-    if not (found.corpus and found.rounds and found.questions):
+    if not (found.corpus and found.rounds and found.questions.keys() == cfg.evaluate.tasks.keys()):
         return None
-    made = plan.plan(cfg, _data(found), _sizes(cfg, folder), known, gpus=gpus, cores=max(cores, gpus + 2))
+    sizes, cores = _sizes(cfg, folder), max(cores, gpus + 2)
+    made = plan.plan(cfg, _data(found), sizes, known, gpus=gpus, gpus_per_job=gpus_per_job, cores=cores)
     _disk(report, cfg, made)
     for note in made.notes:
         report.warning("plan", note) if known.stages else report.ok("plan", note)
@@ -76,7 +79,7 @@ def _files(report: Report, cfg: config.Config) -> tuple[bool, bool]:
     named = [
         *(("captions", path, Path.is_file) for path in cfg.catalog.captions),
         *(("conversations", path, Path.is_file) for path in cfg.split.conversations),
-        *(("questions", path, Path.is_file) for path in cfg.pope.questions.values()),
+        *(("questions", path, Path.exists) for task in cfg.evaluate.tasks.values() for path in task.files.values()),
         *(("image root", path, Path.exists) for path in cfg.images.roots),
     ]
     missing = [(what, path) for what, path, there in named if not there(Path(path))]
@@ -139,11 +142,21 @@ def _rounds(report: Report, cfg: config.Config, found: Found) -> None:
 
 
 def _questions(report: Report, cfg: config.Config, found: Found) -> None:
-    for name, path in cfg.pope.questions.items():
-        read = report.attempt("questions", lambda path=path: read_questions(Path(path)))  # type: ignore[misc]
-        if read:
-            found.questions[name] = [one.image for one in read]
-            report.ok("questions", f"{name}: {len(read):,} questions on {len(set(found.questions[name])):,} images")
+    for name, task in cfg.evaluate.tasks.items():
+        start = time.monotonic()
+        parts = [_asked(report, task.kind, name, part, path) for part, path in task.files.items()]
+        if all(part is not None for part in parts):
+            found.questions[name] = [one for part in parts for one in part or ()]
+            found.seconds[f"evaluate_questions {name}"] = time.monotonic() - start
+
+
+def _asked(report: Report, kind: str, task: str, part: str, path: str) -> list[Question] | None:
+    if not Path(path).exists():  # the files' own line says so
+        return None
+    read: list[Question] | None = report.attempt("questions", lambda: KINDS[kind].read(Path(path), part))
+    if read is not None:
+        report.ok("questions", f"{task} {part}: {len(read):,} questions on {len({one['image'] for one in read}):,} images")
+    return read
 
 
 def _images(report: Report, cfg: config.Config, found: Found, cores: int, near: bool) -> None:
@@ -188,7 +201,7 @@ def _leaks(report: Report, cfg: config.Config, found: Found) -> None:
         return
     _leak(report, asked, "are in the corpus (retrieve leaves them out)", leaks.by_identity(asked, found.corpus))
     _leak(report, asked, "are in the rounds (they may be trained on)", leaks.by_identity(asked, found.rounds))
-    parts = sorted(Path(cfg.results, "pope/neighbors").glob("*.parquet"))
+    parts = [path for task in cfg.evaluate.tasks if (path := Path(cfg.results, "evaluate", task, "neighbors.parquet")).exists()]
     read = report.attempt("leakage", lambda: leaks.by_neighbors(parts, cfg.retrieve.max_similarity)) if parts else None
     if read:
         near, most = read
@@ -202,7 +215,7 @@ def _leaks(report: Report, cfg: config.Config, found: Found) -> None:
 
 def _rates(report: Report, cfg: config.Config, calibration: Path) -> rates.Rates:
     """Of finished parts, and below them those of the calibration file."""
-    known = report.attempt("rates", lambda: rates.of_results(cfg)) or rates.Rates()
+    known = report.attempt("rates", lambda: finished.read(cfg)) or rates.Rates()
     if not calibration.exists():
         if not known.stages:
             command = f"python -m surf.calibrate --configfile … --out {calibration}"
@@ -277,10 +290,6 @@ def _only(hashes: dict[str, int], names: Sequence[str]) -> dict[str, int]:
 def _data(found: Found) -> plan.Data:
     corpus = set(found.corpus)
     images = set(found.rounds)
-    questions = {}
-    for name, asked in found.questions.items():
-        own = set(asked)
-        questions[name] = (len(asked), len(own), len(own - corpus))
     return plan.Data(
         pairs=len(found.corpus),
         corpus_bytes=found.corpus_bytes,
@@ -288,7 +297,7 @@ def _data(found: Found) -> plan.Data:
         rounds_bytes=found.rounds_bytes,
         images=len(images),
         fresh=len(images - corpus),
-        questions=questions,
+        tasks={name: planevaluate.task(asked, corpus) for name, asked in found.questions.items()},
         read_seconds=found.seconds,
     )
 
@@ -303,7 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m surf.check", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--configfile", type=Path, default=Path("config.yaml"), help="default: config.yaml")
-    parser.add_argument("--gpus", type=int, default=1, help="GPU jobs at a time, for the plan (default 1)")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs at a time, for the plan (default 1)")
+    parser.add_argument("--gpus-per-job", type=int, default=1, help="GPUs that each GPU job sees, for the plan (default 1)")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)), help="processes here; default: all cores")
     parser.add_argument("--near-duplicates", action="store_true", help="decode all images to find look-alikes: much slower")
     parser.add_argument("--calibration", type=Path, help="default: calibration.json beside the results folder's content")
@@ -319,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report,
             cfg,
             gpus=args.gpus,
+            gpus_per_job=args.gpus_per_job,
             cores=args.cores,
             near=args.near_duplicates,
             calibration=args.calibration or rates.place(cfg),

@@ -127,7 +127,7 @@ def main() -> None:
     meta = {"stage": "embed", "version": args.embed.version, "flags": flags}
     with meter("write"):
         store.write_table(args.out, result, "embeddings", meta)
-    clock.note(args.out, table.num_rows, meter)
+    clock.note(args.out, table.num_rows, meter, workers=count)
 
 
 if __name__ == "__main__":

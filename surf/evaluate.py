@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,16 +197,17 @@ def _answer(words: Sequence[str]) -> None:
         clock.loaded()
         options = {"lvlm": args.lvlm, "suffix": args.suffix, "max_new_tokens": args.max_new_tokens}
         for name, (method, shown, partial) in jobs.items():
+            before, since = len(responder.known), time.monotonic()
             result = answer(rows, shown, responder, partial, method=method, **options)
             meta = {"stage": "evaluate answer", "task": about["task"], "kind": about["kind"], "method": name, "flags": flags}
             meta |= {"version": config.Evaluate.version, "how": method.model_dump_json(), "depends": partial.folder.name}
             store.write_table(partial.out, result, "evaluate/answers", meta)
+            clock.note(partial.out, len(responder.known) - before, since=since)
     parts = [_part(args.out.parent / f"{name}.parquet") for name in args.methods]
     content = {"dataset": "evaluate/answers", "rows": sum(part["rows"] for part in parts), "parts": parts}
     store.write_json(args.out, content)
     for name in args.methods:
         store.forget(args.out.parent / f"{name}.parquet")
-    clock.note(args.out.parent / f"{args.out.parent.name}.parquet", len(rows) * len(jobs))
 
 
 def _answered(partial: store.Partial) -> bool:

@@ -36,7 +36,7 @@ def table(planned: "Plan", gpus: int) -> str:
     lines.append("")
     if planned.wall_seconds and planned.gpu_hours:
         low, middle, high = planned.wall_seconds
-        lines.append(f"Wall time with {gpus} GPU jobs at a time: {time(middle)} (90 % between {time(low)} and {time(high)})")
+        lines.append(f"Wall time with {gpus} GPUs at a time: {time(middle)} (90 % between {time(low)} and {time(high)})")
         low, middle, high = planned.gpu_hours
         lines.append(f"GPU-hours: {number(middle)} (90 % between {number(low)} and {number(high)})")
     lines.append(f"Disk: {size(planned.disk_bytes)} at most")

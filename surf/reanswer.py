@@ -225,7 +225,7 @@ def main() -> None:
     )
     meta = {"stage": "reanswer", "version": version, "flags": flags}
     store.write_table(args.out, table, "reanswers", meta)
-    clock.note(args.out, table.num_rows)
+    clock.note(args.out, table.num_rows, workers=crew)
 
 
 if __name__ == "__main__":

@@ -28,26 +28,33 @@ class Clock:
         """The models are loaded; what follows is work."""
         self.ready = time.monotonic()
 
-    def note(self, out: Path, rows: int, meter: "Meter | None" = None) -> None:
+    def note(self, out: Path, rows: int, meter: "Meter | None" = None, *, workers: int = 1, since: float | None = None) -> None:
         """Log and keep rows, rows_per_second, start_seconds, load_seconds, work_seconds and peak_gpu_mb of the part `out`.
 
         start_seconds is the whole time before `loaded`: the interpreter, its imports, and load_seconds. With a meter also the
         busy share of each step.
+
+        Args:
+            workers: processes that shared the rows.
+            since: the moment (`time.monotonic()`) when work on this part began, if others came before it.
         """
         import psutil
 
-        work = max(time.monotonic() - self.ready, 1e-9)
+        now = time.monotonic()
+        work = max(now - (self.ready if since is None else since), 1e-9)
         peak = 0.0
         if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated() / 2**20
         figures: dict[str, Any] = {
             "rows": rows,
             "rows_per_second": round(rows / work, 2),
-            "start_seconds": round(time.time() - psutil.Process().create_time() - work, 2),
+            "start_seconds": round(time.time() - psutil.Process().create_time() - (now - self.ready), 2),
             "load_seconds": round(self.ready - self.start, 2),
             "work_seconds": round(work, 2),
             "peak_gpu_mb": round(peak, 1),
         }
+        if workers > 1:
+            figures["workers"] = workers
         if meter is not None:
             figures["busy"] = meter.shares(work)
         store.write_json(out.parent / "_telemetry" / f"{out.stem}.json", figures)
@@ -55,6 +62,17 @@ class Clock:
         if meter is not None and (shares := figures["busy"]):
             busy = ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
             log.info("busy share of the time: %s; %s bounds the stage", busy, max(shares, key=lambda what: shares[what]))
+
+
+def figures(folder: Path, part: str = "*") -> list[dict[str, float]]:
+    """What `Clock.note` kept of the parts in `folder` that are still there and have rows."""
+    found = []
+    for path in sorted(folder.glob(f"_telemetry/{part}.json")):
+        if (folder / f"{path.stem}.parquet").exists():
+            one = store.read_json(path)
+            if one.get("rows") and one.get("work_seconds"):
+                found.append({"start_seconds": one.get("load_seconds", 0.0), "workers": 1, **one})
+    return found
 
 
 class Meter:

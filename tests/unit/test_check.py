@@ -151,7 +151,11 @@ MODEL = MODELS / "lvlm"
 
 
 def with_model(folder):
-    minimal = {"catalog": {"captions": ["c"]}, "split": {"conversations": ["s"]}, "pope": {"questions": {"one": "p"}}}
+    minimal = {
+        "catalog": {"captions": ["c"]},
+        "split": {"conversations": ["s"]},
+        "evaluate": {"tasks": {"pope": {"kind": "pope", "files": {"one": "p"}}}},
+    }
     return parse({**minimal, "lvlm": {"model": str(folder)}})
 
 
@@ -218,7 +222,7 @@ def run(drawn, tmp_path, capsys):
             "split": {"conversations": [str(example / "sft.json")]},
             "lvlm": {"model": str(MODELS / "lvlm"), "dtype": "float32"},
             "score": {"bertscore_model": str(MODELS / "bert"), "bertscore_layer": 2},
-            "pope": {"questions": {"random": str(example / "pope/coco_pope_random.json")}},
+            "evaluate": {"tasks": {"pope": {"kind": "pope", "files": {"random": str(example / "pope/coco_pope_random.json")}}}},
         }
 
     def run(change=lambda values: None, *words):
@@ -239,7 +243,7 @@ def test_the_example_passes_and_is_planned(run, tmp_path):
     assert "corpus: 2 of" in output and "rounds: 1 of" in output
     assert "| answer " in output and "surf.calibrate" in output
     lines = {line["stage"]: line for line in json.loads((tmp_path / "plan.json").read_text())["lines"]}
-    assert lines["pope_answer zero-shot"]["rows"] > 0
+    assert lines["evaluate_answer base"]["rows"] == 2 * lines["evaluate_answer tuned"]["rows"] > 0
 
 
 def test_before_the_example_is_drawn_it_says_so_and_passes(run, tmp_path):
@@ -277,7 +281,7 @@ def test_each_fault_is_one_line_and_the_exit_code(run, drawn, tmp_path):
     broken.write_text('[{"image": ')
     says(lambda c: c["catalog"].update(captions=[str(broken)]), "broken.json: cannot be read")
     says(lambda c: c["split"].update(conversations=[str(broken)]), "broken.json: cannot be read")
-    says(lambda c: c["pope"].update(questions={"a": str(broken)}), "broken.json")
+    says(lambda c: c["evaluate"]["tasks"]["pope"].update(files={"a": str(broken)}), "broken.json")
     half = rewrite(
         example / "corpus.json", lambda rows: [row if n % 2 else {} for n, row in enumerate(rows)], tmp_path / "half.json"
     )
@@ -285,10 +289,10 @@ def test_each_fault_is_one_line_and_the_exit_code(run, drawn, tmp_path):
     lines = (example / "pope/coco_pope_random.json").read_text().splitlines()
     twice = tmp_path / "twice.json"
     twice.write_text("\n".join([*lines, lines[0]]))
-    says(lambda c: c["pope"].update(questions={"a": str(twice)}), "question_id 1 stands twice")
+    says(lambda c: c["evaluate"]["tasks"]["pope"].update(files={"a": str(twice)}), "question_id 1 stands twice")
     gone = tmp_path / "gone.json"
     gone.write_text(json.dumps({**json.loads(lines[0]), "image": "gone.jpg"}))
-    says(lambda c: c["pope"].update(questions={"a": str(gone)}), "questions: 1 of 1 cannot be used (gone.jpg")
+    says(lambda c: c["evaluate"]["tasks"]["pope"].update(files={"a": str(gone)}), "questions: 1 of 1 cannot be used (gone.jpg")
 
 
 def test_what_only_deserves_a_warning(run, drawn, tmp_path):
@@ -319,7 +323,7 @@ def test_full_disk(run, monkeypatch):
 
 def test_neighbours_of_evaluation_images_above_the_limit(run, tmp_path):
     rows = [{"query_id": "q.jpg", "rank": 0, "image_id": 1, "similarity": 0.985}]
-    store.write_table(tmp_path / "results/pope/neighbors/random.parquet", store.table_of(rows, "neighbors"), "neighbors")
+    store.write_table(tmp_path / "results/evaluate/pope/neighbors.parquet", store.table_of(rows, "neighbors"), "neighbors")
     assert "1 evaluation images have a neighbour at or above retrieve.max_similarity = 0.98: q.jpg (0.9850)" in run()[1]
     assert "the most similar has 0.9850" in run(lambda c: c.update(retrieve={"max_similarity": 0.99}))[1]
 

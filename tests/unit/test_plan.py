@@ -6,17 +6,18 @@ import math
 import numpy as np
 import pytest
 
-from surf import config, plan, plantable, rates, store
+from surf import config, finished, plan, planevaluate, plantable, rates, schedule, store
 from surf.errors import SurfError
+from surf.methods import Method
 
 
 def made_up(**sections):
     values = {
         "catalog": {"captions": ["c.json"]},
         "split": {"conversations": ["s.json"]},
-        "pope": {
-            "questions": {"one": "p.json", "two": "q.json"},
-            "methods": {"plain": {"model": "base", "references": 0}, "tuned": {"model": "tuned", "references": 2}},
+        "evaluate": {
+            "tasks": {"one": {"kind": "pope", "files": {"a": "p.json"}}, "two": {"kind": "vqa", "files": {"b": "q.json"}}},
+            "methods": {"plain": {"model": "base"}, "tuned": {"model": "tuned", "references": 2}},
         },
         "shards": {"corpus": 4, "rounds": 5},
         "pair": {"samples": 100},
@@ -31,10 +32,12 @@ def known(spread=0.0, **more):
     def around(value):
         return rates.Measure(tuple(value * math.exp(spread * step) for step in (-1, 0, 1)), "calibration")
 
-    names = ["embed", "answer", "score/answers", "score/reanswers", "reanswer", "finetune", "retrieve", "pope_retrieve"]
-    names += ["pope_answer/0", "pope_answer/2"]
+    names = ["embed", "answer", "score/answers", "score/reanswers", "reanswer", "finetune", "retrieve"]
+    for task in ("one", "two"):
+        names += [f"evaluate_retrieve/{task}", f"evaluate_candidates/gold/{task}"]
+        names += [f"evaluate_answer/{task}/{count}" for count in (0, 2, 4)]
     stages = {name: rates.Stage(around(0.1), around(10)) for name in names}
-    light = ["catalog", "split", "merge", "build_index", "pair", "pope_questions", "pope", "report"]
+    light = ["catalog", "split", "merge", "build_index", "pair", "pope", "evidence", "report"]
     stages.update({name: rates.Stage(start=around(1)) for name in light})
     return rates.Rates(stages, **{"wrong": (200, 1000), "pairs": (50, 100), "asked": around(4), **more})
 
@@ -46,7 +49,7 @@ DATA = plan.Data(
     rounds_bytes=10**5,
     images=300,
     fresh=100,
-    questions={"one": (60, 10, 10), "two": (40, 20, 5)},
+    tasks={"one": planevaluate.Task(90, 60, 10, 10, 1000), "two": planevaluate.Task(40, 40, 20, 5, 500)},
     read_seconds={"catalog": 30.0, "split": 20.0},
 )
 SIZES = plan.Sizes(dim=8, parameters=1000, trained=600)
@@ -66,14 +69,80 @@ def test_rows_jobs_and_times_are_those_of_the_formula():
     # 1000 rounds, a fifth wrong, four references each
     assert table["reanswer"].rows == table["score reanswers"].rows == 800
     assert table["answer"].rows == table["score answers"].rows == 1000
-    # half of the 200 wrong rounds make a pair; two epochs
+    # half of the 200 wrong rounds make a pair; two epochs, two processes share them
     assert table["finetune"].rows == 200
-    assert table["finetune"].gpu_hours == pytest.approx(2 * (10 + 20) / 3600)
-    assert table["pope_answer plain"].rows == 100 and table["pope_answer plain"].jobs == 2
-    assert (table["pope_retrieve"].rows, table["retrieve"].rows) == (30, 300)
-    # both read their whole files in every job
+    assert table["finetune"].gpu_hours == pytest.approx(2 * (10 + 10) / 3600)
+    base = table["evaluate_answer base"]
+    assert (base.rows, base.jobs) == (100, 2), "one job a task; a prompt that stands in two splits is asked once"
+    assert base.job_seconds == pytest.approx(10 + 60 * 0.1), "the longest"
+    assert base.wall_seconds == pytest.approx(10 + 60 * 0.1), "both at once"
+    assert base.gpu_hours == pytest.approx((20 + 100 * 0.1) / 3600)
+    assert (table["evaluate_retrieve"].rows, table["retrieve"].rows) == (30, 300)
+    # they read their whole files in every job
     assert table["catalog"].job_seconds == pytest.approx(31) and table["split"].job_seconds == pytest.approx(21)
-    assert table["merge"].jobs == 7
+    assert table["merge"].jobs == 7 and table["evaluate_questions"].jobs == 2
+
+
+def test_a_model_is_asked_what_its_methods_ask_together():
+    def asked(*methods):
+        return dict(planevaluate.asked([Method(model="base", **keys) for keys in methods]))
+
+    assert asked({}, {}) == {0: 1}
+    assert asked({}, {"references": 2}, {"references": 2, "rerank": "caption"}, {"references": 4}) == {0: 1, 2: 2, 4: 1}
+    # a gate asks without references first, and how likely the answer is; with them it asks what its twin asks
+    assert asked({"references": 2}, {"references": 2, "gate": 0.9}) == {2: 1, 0: 2}
+    assert asked({"references": 2, "gate": 0.5}, {"references": 2, "gate": 0.9}, {}) == {2: 1, 0: 2}
+
+
+def test_every_use_of_a_model_is_a_job_a_task_and_waits_for_what_it_needs():
+    cfg = made_up(
+        variants={"other": {"pair": {"samples": 50}, "finetune": {"processes": 1, "epochs": 1}}},
+        evaluate={
+            "tasks": made_up().model_dump()["evaluate"]["tasks"],
+            "methods": {
+                "oracle": {"model": "base", "references": 2, "source": "oracle"},
+                "random": {"model": "other", "references": 4, "source": "random"},
+                "surf": {"model": "tuned", "references": 2},
+            },
+        },
+    )
+    made = {stage.name: stage for stage in plan.stages(cfg, DATA, known(), None)}
+    after = {name: {before for before, _ in stage.after} for name, stage in made.items()}
+    assert after["evaluate_answer base one"] == {
+        "evaluate_questions one",
+        "evaluate_retrieve one",
+        "evaluate_candidates gold one",
+    }
+    assert after["evaluate_answer other two"] == {"evaluate_questions two", "variant_finetune other"}
+    assert after["evaluate_answer tuned one"] == {"evaluate_questions one", "evaluate_retrieve one", "finetune"}
+    assert made["evaluate_candidates gold one"].rows == 60 * cfg.retrieve.references
+    assert after["pope"] == {f"evaluate_answer {model} one" for model in ("base", "other", "tuned")}
+    assert len(after["evidence"]) == 6
+    # fifty pairs, one epoch, one process, by the main fine-tune's rate
+    assert (made["variant_finetune other"].rows, made["variant_finetune other"].gpus) == (50, 1)
+    assert made["variant_finetune other"].seconds == pytest.approx(10 + 50 * 0.1)
+    table = lines(plan.plan(cfg, DATA, SIZES, known(), gpus=1, cores=2, draws=20))
+    assert {name for name in table if name.startswith("evaluate")} == {
+        *("evaluate_questions", "evaluate_retrieve", "evaluate_candidates gold"),
+        *("evaluate_answer base", "evaluate_answer other", "evaluate_answer tuned"),
+    }
+
+
+def test_a_job_with_several_gpus_fills_them_where_its_stage_can():
+    one, four = (lines(plan.plan(made_up(), DATA, SIZES, known(), gpus=4, gpus_per_job=n, cores=8, draws=20)) for n in (1, 4))
+    assert four["answer"].job_seconds == pytest.approx(10 + 200 * 0.1 / 4)
+    assert four["answer"].gpu_hours == pytest.approx(5 * 4 * 15 / 3600)
+    assert four["score answers"].job_seconds == one["score answers"].job_seconds
+    assert four["score answers"].wall_seconds == pytest.approx(5 * 30) and one["score answers"].wall_seconds == pytest.approx(
+        60
+    )
+
+
+def test_shards_for_another_number_of_gpus_a_job():
+    made = plan.plan(made_up(), DATA._replace(pairs=400_000), SIZES, known(), gpus=16, gpus_per_job=4, cores=20, draws=20)
+    assert any("set shards.corpus to 5 (it is 4)" in note for note in made.notes) is False
+    made = plan.plan(made_up(), DATA._replace(pairs=800_000), SIZES, known(), gpus=16, gpus_per_job=4, cores=20, draws=20)
+    assert any("set shards.corpus to 9 (it is 4)" in note for note in made.notes), made.notes
 
 
 def test_more_samples_than_pairs_are_not_trained_on():
@@ -87,12 +156,12 @@ def test_retrieval_without_telemetry_is_embedding_what_is_new_and_searching_the_
     table = lines(plan.plan(made_up(), DATA, SIZES, have._replace(stages=stages), gpus=1, cores=1))
     each = 100 / 300 * 0.1 + 5.0 * 10_000 / 1e6
     assert table["retrieve"].job_seconds == pytest.approx(10 + 300 / 5 * each)
-    each = 15 / 30 * 0.1 + 5.0 * 10_000 / 1e6
-    assert table["pope_retrieve"].job_seconds == pytest.approx(10 + 30 / 2 * each)
+    searched = 15 * 0.1 + 30 * 5.0 * 10_000 / 1e6  # fifteen of thirty are new
+    assert table["evaluate_retrieve"].gpu_hours == pytest.approx((20 + searched) / 3600)
 
 
 def stage(name, seconds, jobs=1, gpus=1, after=()):
-    return plan.Stage(name, 0, jobs, gpus, after, row=0.0, start=seconds)
+    return schedule.Stage(name, 0, jobs, gpus, after, row=0.0, start=seconds)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +181,7 @@ def stage(name, seconds, jobs=1, gpus=1, after=()):
     ],
 )
 def test_makespan(run, gpus, cores, seconds):
-    assert plan.makespan(run, gpus, cores) == pytest.approx(seconds)
+    assert schedule.makespan(run, gpus, cores) == pytest.approx(seconds)
 
 
 def test_wall_time_of_all_falls_with_gpus_and_gpu_hours_do_not():
@@ -158,7 +227,7 @@ def test_parts_that_are_too_long_or_too_short_are_named_with_the_number_that_fit
     notes = plan.plan(cfg, DATA._replace(pairs=40_000), SIZES, known(), gpus=gpus, cores=9, draws=20).notes
     found = [text for text in notes if "shards.corpus" in text]
     assert len(found) == (note is not None) and all(note in text for text in found)
-    assert plan.shards_that_fit(plan.Stage("x", 665_000, 200, 1, row=0.1, start=9), gpus=1) == 28  # docs/cluster.md
+    assert plan.shards_that_fit(schedule.Stage("x", 665_000, 200, 1, row=0.1, start=9), 1) == 28  # docs/cluster.md
 
 
 def test_more_gpus_asked_for_than_there_are():
@@ -171,6 +240,10 @@ def test_disk_counts_vectors_and_checkpoints():
     assert table["embed"].disk_bytes == 10_000 * (2 * 8 + 8)
     assert table["build_index"].disk_bytes == 10_000 * (4 * 8 + 16)
     assert table["finetune"].disk_bytes == 2 * 1000 + 3 * (2 * 1000 + 12 * 600)
+    cfg = made_up(variants={"other": {"finetune": {"zero_stage": 0}}})
+    one, two = (lines(plan.plan(cfg, DATA, SIZES, known(), gpus=count, cores=1, draws=20)) for count in (2, 4))
+    assert one["variant_finetune other"].disk_bytes == 4 * 1000, "when it begins the first one's checkpoints are gone"
+    assert two["variant_finetune other"].disk_bytes == 4 * 1000 + 3 * (4 * 1000 + 8 * 600)
 
 
 def test_without_rates_there_are_rows_jobs_and_disk():
@@ -211,7 +284,13 @@ def test_a_calibration_file_reads_back_as_it_was_written(tmp_path):
 
 
 def test_telemetry_and_shares_of_finished_parts(tmp_path):
-    cfg = made_up(results=str(tmp_path))
+    methods = {
+        "plain": {"model": "base"},
+        "tuned": {"model": "tuned", "references": 2},
+        "again": {"model": "tuned", "references": 2, "rerank": "caption"},
+        "gated": {"model": "tuned", "references": 2, "gate": 0.5},
+    }
+    cfg = made_up(results=str(tmp_path), evaluate={**made_up().model_dump()["evaluate"], "methods": methods})
 
     def part(dataset, name, rows, **figures):
         table = store.table_of(rows, dataset)
@@ -223,25 +302,41 @@ def test_telemetry_and_shares_of_finished_parts(tmp_path):
     again = [{"round_id": str(n % 2), "rank": n // 2, "image_id": n, "response": ""} for n in range(6)]
     part("answers", "part-0", answers, work_seconds=4.0, start_seconds=7.0, load_seconds=5.0)
     part("answers", "part-1", answers, work_seconds=8.0, load_seconds=5.0)  # telemetry of an older surf
+    part("answers", "part-2", answers, work_seconds=2.0, start_seconds=7.0, workers=4)
     part("scores/answers", "part-0", verdicts, work_seconds=1.0, start_seconds=2.0)
     part("reanswers", "part-0", again, work_seconds=3.0, start_seconds=7.0)
-    for dataset, start in (("embeddings", 7.0), ("neighbors", 5.0), ("pope/neighbors", 11.0)):
+    for dataset, start in (("embeddings", 7.0), ("neighbors", 5.0)):
         figures = {"rows": 4, "start_seconds": start, "work_seconds": 2.0}
         store.write_json(tmp_path / dataset / "_telemetry/part-0.json", figures)
         store.write_text(tmp_path / dataset / "part-0.parquet", "")
+    for folder, part, rows, work, more in (
+        ("evaluate/one", "neighbors", 4, 2.0, {"start_seconds": 11.0}),
+        ("evaluate/one/candidates", "gold", 50, 5.0, {}),
+        ("evaluate/one/answers/base", "plain", 40, 2.0, {}),
+        ("evaluate/one/answers/tuned", "tuned", 40, 4.0, {}),
+        ("evaluate/one/answers/tuned", "again", 2, 4.0, {}),
+        ("evaluate/one/answers/tuned", "gated", 40, 9.0, {}),
+    ):
+        figures = {"rows": rows, "start_seconds": 7.0, "work_seconds": work, **more}
+        store.write_json(tmp_path / folder / f"_telemetry/{part}.json", figures)
+        store.write_text(tmp_path / folder / f"{part}.parquet", "")
     (tmp_path / "answers/_telemetry/lost.json").write_text('{"rows": 1, "work_seconds": 99}')
     log = "10:00:00 step 1/3  loss 2  lr 1e-5  1.00 samples/s  0:00:09 left\n"
     log += "10:00:04 step 3/3  loss 1  lr 0e-5  4.00 samples/s  0:00:00 left\n"
     store.write_text(tmp_path / "logs/finetune/finetune.log", log)
-    found = rates.of_results(cfg)
-    assert found.stages["answer"].row.values == (0.5, 1.0)
-    assert found.stages["answer"].start.values == (7.0, 5.0)
+    found = finished.read(cfg)
+    assert found.stages["answer"].row.values == (0.5, 1.0, 1.0), "those of four workers are one's"
+    assert found.stages["answer"].start.values == (7.0, 5.0, 7.0)
     assert found.stages["reanswer"].row.values == (0.5,)
-    assert found.stages["finetune"].row.values == (0.25,)
+    assert found.stages["finetune"].row.values == (0.5,), "of one of two processes"
     assert found.wrong == (2, 8) and found.asked.values == (3.0,)
     # retrieve: as long in all as it was, and no longer start than embed's
-    both = [found.stages[key] for key in ("retrieve", "pope_retrieve")]
+    both = [found.stages[key] for key in ("retrieve", "evaluate_retrieve/one")]
     assert [one.start.values[0] for one in both] == pytest.approx([7.0, 7.0])
     assert [one.row.values[0] for one in both] == pytest.approx([0.0, 1.5])
+    assert found.stages["evaluate_candidates/gold/one"].row.values == (0.1,)
+    # neither a method whose prompts were asked already, nor one that asks several kinds
+    assert found.stages["evaluate_answer/one/2"].row.values == (0.1,)
+    assert found.stages["evaluate_answer/one/0"].row.values == (0.05,)
     assert "finetune" in found.stages and "score/reanswers" not in found.stages
-    assert rates.of_results(made_up(results=str(tmp_path / "nothing"))) == rates.Rates({}, None, None, None)
+    assert finished.read(made_up(results=str(tmp_path / "nothing"))) == rates.Rates({}, None, None, None)

@@ -24,12 +24,12 @@ def test_the_example_is_every_stage_over_its_shards(workflow):
         "merge": 7,
         "pair": 1,
         "finetune": 1,
-        "variant_pair": 3,
-        "variant_finetune": 3,
+        "variant_pair": 4,
+        "variant_finetune": 4,
         "evaluate_questions": 1,
         "evaluate_retrieve": 1,
         "evaluate_candidates": 1,
-        "evaluate_answer": 5,
+        "evaluate_answer": 6,
         "pope": 1,
         "evidence": 1,
         "report": 1,
@@ -79,7 +79,7 @@ def test_check_needs_neither_data_nor_other_jobs_and_fails_with_what_it_finds(wo
 def test_the_papers_run_shows_its_dag_without_data_and_says_what_is_missing_before_the_first_job(workflow):
     plan = workflow.plan("--configfile", "configs/llava-1.5-7b.yaml")
     assert (plan["embed"], plan["answer"], plan["finetune"], "demo" in plan) == (50, 200, 1, False)
-    assert (plan["evaluate_questions"], plan["variant_finetune"]) == (7, 3)
+    assert (plan["evaluate_questions"], plan["variant_finetune"]) == (7, 4)
     done = workflow.run("--configfile", "configs/llava-1.5-7b.yaml", check=False)
     assert done.returncode != 0
     for missing in ("data/images", "data/llava_v1_5_mix665k.json", "data/pope/coco_pope_random.json", "data/emoset/test.json"):
