@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from surf.demo.draw import COLORS, HIDINGS, KINDS, PLACES, Item, Scene
+from surf.demo.draw import COLORS, KINDS, PLACES, SMALL, Item, Scene, Style
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -37,17 +37,17 @@ class Round:
         return "\n".join(part for part in (self.question, self.suffix) if part)
 
 
-def sample_scene(rng: random.Random, fewest: int = 1) -> Scene:
-    """Draw a scene of `fewest` to four objects of different kinds, mostly those of its place."""
+def sample_scene(rng: random.Random, fewest: int = 1, style: Style = SMALL) -> Scene:
+    """Draw a scene of at least `fewest` objects of different kinds, mostly those of its place."""
     place = rng.choice(tuple(PLACES))
-    count = max(fewest, rng.choices((1, 2, 3, 4), weights=(1, 2, 4, 3))[0])
+    count = max(fewest, rng.choices(style.counts, weights=style.weights)[0])
     kinds: list[str] = []
     while len(kinds) < count:
         kind = sample_kind(rng, place)
         if kind not in kinds:
             kinds.append(kind)
-    cells = rng.sample(range(4), count)
-    colors = rng.choices(tuple(COLORS), k=count)
+    cells = rng.sample(range(len(style.cells)), count)
+    colors = rng.choices(style.colors, k=count)
     return Scene(place, tuple(Item(*parts) for parts in zip(kinds, colors, cells, strict=True)))
 
 
@@ -56,9 +56,9 @@ def sample_kind(rng: random.Random, place: str) -> str:
     return rng.choices(PLACES[home], weights=PLACE_WEIGHTS)[0]
 
 
-def pick_hidden(scene: Scene, rng: random.Random, share: float) -> dict[str, str]:
+def pick_hidden(scene: Scene, rng: random.Random, share: float, style: Style = SMALL) -> dict[str, str]:
     """Choose the objects that a query image hides, each with probability `share`, and how."""
-    return {kind: rng.choice(HIDINGS) for kind in scene.kinds if rng.random() < share}
+    return {kind: rng.choice(style.hidings) for kind in scene.kinds if rng.random() < share}
 
 
 def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scene:
@@ -77,6 +77,37 @@ def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scen
         color = items[index].color if rng.random() < 0.7 else rng.choice(tuple(COLORS))
         items[index] = replace(items[index], kind=kind, color=color)
     return Scene(scene.place, tuple(items))
+
+
+def hide_half(scene: Scene, rng: random.Random, style: Style) -> dict[str, str]:
+    """Choose half of the objects (rounded down) to hide, and how: something is always left to know the scene by."""
+    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) // 2)}
+
+
+def mislead(scene: Scene, rng: random.Random, hidden: dict[str, str], tells: int, style: Style) -> Scene:
+    """Return a scene that shows other objects in place of all hidden ones, and `tells` changes of what is in plain sight.
+
+    A tell is another colour or another kind: who compares the two images can know that they are not of one scene.
+    """
+    items = list(scene.items)
+    plain = [index for index, item in enumerate(items) if item.kind not in hidden]
+    told = rng.sample(plain, min(tells, len(plain)))
+    for index, item in enumerate(items):
+        if item.kind in hidden or (index in told and rng.random() < 0.5):
+            taken = {other.kind for other in items} | set(scene.kinds)
+            kind = sample_kind(rng, scene.place)
+            while kind in taken:
+                kind = rng.choice(KINDS) if rng.random() < 0.2 else sample_kind(rng, scene.place)
+            items[index] = replace(item, kind=kind)
+        elif index in told:
+            items[index] = replace(item, color=rng.choice([color for color in style.colors if color != item.color]))
+    return Scene(scene.place, tuple(items))
+
+
+def glimpse(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scene:
+    """Return what is hidden with one object in plain sight: true, but less like the query image than a look-alike."""
+    kept = rng.choice([item for item in scene.items if item.kind not in hidden])
+    return Scene(scene.place, tuple(item for item in scene.items if item.kind in hidden or item == kept))
 
 
 def article(word: str) -> str:
