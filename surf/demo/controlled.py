@@ -55,6 +55,7 @@ class Drawn:
     scene: Scene
     data: bytes
     listings: tuple[Listing, ...] = ()
+    hidden: tuple[str, ...] = ()  # kinds that a query image hides
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def build(out: Path, shares: Sequence[float], options: Options) -> dict[str, int
             name = f"corpus/{next(names):012d}.jpg"
             listed.append((name, one, level))
             rows = [(name, listing) for listing in one.listings if query]
-            truth += [(asked[-1].name, split, level, row.case, name, row.role, row.role in GOOD) for name, row in rows]
+            about = (asked[-1].name, split, level, list(group[0].hidden)) if query else ()
+            truth += [(*about, row.case, name, row.role, row.role in GOOD) for name, row in rows]
     rng.shuffle(listed)
     out.mkdir(parents=True, exist_ok=True)
     pictures = [(name, one.data) for name, one, _ in listed] + [(one.name, one.data) for one in asked]
@@ -108,9 +110,9 @@ def build(out: Path, shares: Sequence[float], options: Options) -> dict[str, int
     write_truth(out / "truth.parquet", truth)
     counts = {"images": len(pictures)}
     for share in shares:
-        rows = list(corpus_rows(listed, share))
-        write_json(out / f"corpus-{share:g}.json", rows)
-        counts[f"corpus {share:g}"] = len(rows)
+        pairs = list(corpus_rows(listed, share))
+        write_json(out / f"corpus-{share:g}.json", pairs)
+        counts[f"corpus {share:g}"] = len(pairs)
     sft = [one for one in asked if one.name.startswith("sft/")]
     write_json(out / "sft.json", [conversation(one.name, one.scene, rng, suffix_once=False) for one in sft])
     files = pope_files(asked[len(sft) :], asked, rng)
@@ -155,7 +157,7 @@ def draw(options: Options, wanted: tuple[str, int]) -> list[Drawn]:
     if split == "unrelated":
         return [true(scene, "always", "unrelated")]
     hidden = q.hide_half(scene, rng, style)
-    drawn = [Drawn(scene, jpeg(render(scene, rng, QUERY_NOISE, hidden, style)))]
+    drawn = [Drawn(scene, jpeg(render(scene, rng, QUERY_NOISE, hidden, style)), hidden=tuple(hidden))]
     lies = 2 if rng.random() < options.miscaptioned else 0
     for number in range(2):
         listings = [Listing("helps", "re-render", q.caption(scene, rng))]
@@ -184,13 +186,14 @@ def write_truth(path: Path, rows: list[tuple[Any, ...]]) -> None:
     """Write a row for every query, case and reference.
 
     Columns: query (string, image name), split (sft or pope), level (float64, in (0, 1): the query misleads where the share is
-    above it), case (helps or misleads), image (string, the reference), role (string), good (bool, shows what is hidden).
+    above it), hidden (list of string, kinds), case (helps or misleads), image (string, the reference), role (string), good
+    (bool: it shows what is hidden).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {"query": pa.string(), "split": pa.string(), "level": pa.float64(), "case": pa.string(), "image": pa.string()}
-    schema = pa.schema({**types, "role": pa.string(), "good": pa.bool_()})
+    query = {"query": pa.string(), "split": pa.string(), "level": pa.float64(), "hidden": pa.list_(pa.string())}
+    schema = pa.schema({**query, "case": pa.string(), "image": pa.string(), "role": pa.string(), "good": pa.bool_()})
     columns: list[Sequence[Any]] = [list(column) for column in zip(*rows, strict=True)] or [[] for _ in schema]
     arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path)

@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from surf.demo.draw import COLORS, KINDS, PLACES, SMALL, Item, Scene, Style
 
 SHORT = "Answer the question using a single word or phrase."
+RELEVANCE = (  # the words of surf.prompts.relevance
+    "Would the retrieved image-caption pair help to answer the following question about the last image?\n{}\n"
+    "Answer with yes or no."
+)
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 SYSTEM = (
@@ -25,7 +29,7 @@ PLACE_WEIGHTS = (5, 4, 3, 2)  # of a place's four objects: this makes some objec
 
 @dataclass(frozen=True)
 class Round:
-    """One question turn: kind is yesno, color, place, choice or caption; suffix is LLaVA's answer format line."""
+    """One question turn: kind is yesno, color, place, choice, caption or relevance; suffix is LLaVA's answer format line."""
 
     kind: str
     question: str
@@ -150,6 +154,10 @@ def ask_choice(scene: Scene, rng: random.Random) -> Round:
     rng.shuffle(options)
     lines = "\n".join(f"{letter}. {kind}" for letter, kind in zip("ABC", options, strict=True))
     return Round("choice", f"Which object is in the image?\n{lines}", LETTER, "ABC"[options.index(right)])
+
+
+def ask_relevance(one: Round, helps: bool) -> Round:
+    return Round("relevance", RELEVANCE.format(one.text), "", "Yes" if helps else "No")
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> Round:
