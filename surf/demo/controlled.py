@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from surf.demo import questions as q
-from surf.demo.draw import LARGE, Scene, Style, render
+from surf.demo.draw import STYLES, Scene, Style, render
 from surf.demo.world import CLEAR_NOISE, QUERY_NOISE, Picture, conversation, jpeg, pope_files, write_packed
 
+FEWEST = 3  # objects of a scene: POPE asks about three
 LISTED = 4  # references of one query in the corpus, in either case
 ROWS_PER_GROUP = 128  # of images.parquet: one group is read and kept as a whole
 GOOD = ("re-render", "glimpse")
@@ -62,9 +63,10 @@ class Drawn:
 class Options:
     """Sizes of the world; every field is a flag."""
 
+    size: str = "large"  # key of STYLES
     seed: int = 0
     images: int = 10_000  # with about five questions each, to tune on
-    test_images: int = 500  # with six questions each in every POPE split
+    test_images: int = 1500  # with six questions each in every POPE split
     corpus: int = 100_000  # listed image-caption pairs
     miscaptioned: float = 0.25  # of the misleading queries: the image is right, the caption is not
     murk: int = 225  # least opacity of fog, of 255: how little can be seen of what is hidden
@@ -72,7 +74,7 @@ class Options:
 
     @property
     def style(self) -> Style:
-        return replace(LARGE, fog=(self.murk, 255))
+        return replace(STYLES[self.size], fog=(self.murk, 255))
 
 
 def build(out: Path, shares: Sequence[float], options: Options) -> dict[str, int]:
@@ -146,7 +148,7 @@ def draw(options: Options, wanted: tuple[str, int]) -> list[Drawn]:
     split, number = wanted
     rng = random.Random(f"controlled:{options.seed}:{split}:{number}")
     style = options.style
-    scene = q.sample_scene(rng, style=style)
+    scene = q.sample_scene(rng, FEWEST, style)
 
     def clear(shown: Scene, *listings: Listing) -> Drawn:
         return Drawn(shown, jpeg(render(shown, rng, CLEAR_NOISE, style=style)), listings)
