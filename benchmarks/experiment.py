@@ -4,8 +4,8 @@
     python benchmarks/experiment.py --tiny --work WORK --out TABLES
 
 Draws a world for every seed (`surf.demo.controlled`), writes a config for every cell (share × seed), runs Snakemake on all
-cells side by side, and collects what is finished: right.parquet and questions.parquet (every answer), tables.parquet, tables.md.
-Run it again after a kill, or after --minutes: it goes on. Models come from `surf.demo.train --size large`; --tiny takes the
+cells side by side, and collects what is finished: questions.parquet and right.parquet (every answer), tables.parquet and
+tables.md. Run it again after a kill, or after --minutes: it goes on. Models come from `surf.demo.train --size large`; --tiny takes the
 embedded ones and a small world, on a CPU: it shows that all runs, and its figures mean nothing.
 """
 
@@ -74,7 +74,7 @@ class Scale:
     learning_rate: float = 1e-4
 
 
-TINY = Scale("small", 60, 12, 400, 205, 120, 100, (0.5, 0.8), (0,), "float32", 24)
+TINY = Scale("small", 60, 12, 400, 205, 120, 100, (0.5,), (0,), "float32", 24)
 
 
 @dataclass(frozen=True)
@@ -285,8 +285,6 @@ def measure(found: list[Answers], resamples: int = 2000) -> Iterator[dict[str, A
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the tables as text: all seeds together."""
-    from common import table
-
     place = {(r["labels"], r["share"], r["seed"], r["part"], r["method"], r["against"]): r for r in rows}
     shares = sorted({row["share"] for row in rows})
     lines = ["# The controlled experiment", ""]
@@ -319,6 +317,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         loss = text(("answer", share, "all", "misleads", "surf", "zero-shot"), "+")
         lines.append(f"- {share:g} mislead: surf minus zero-shot where references mislead: {loss} points (goal: above -1)")
     return "\n".join(lines) + "\n"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
 def collect(cells: list[Cell], work: Path, out: Path) -> None:
