@@ -5,8 +5,8 @@
 
 Draws a world for every seed (`surf.demo.controlled`), writes a config for every cell (share × seed), runs Snakemake on all
 cells side by side, and collects what is finished: questions.parquet and right.parquet (every answer), tables.parquet and
-tables.md. Run it again after a kill, or after --minutes: it goes on. Models come from `surf.demo.train --size large`; --tiny takes the
-embedded ones and a small world, on a CPU: it shows that all runs, and its figures mean nothing.
+tables.md. Run it again after a kill, or after --minutes: it goes on. Models come from `surf.demo.train --size large`; --tiny
+takes the embedded ones and a small world, on a CPU: it shows that all runs, and its figures mean nothing.
 """
 
 import argparse
@@ -166,7 +166,7 @@ def run(cells: list[Cell], work: Path, target: str, processes: int, deadline: fl
         folder = work / cell.name
         words = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--directory", str(folder)]
         words += ["--cores", str(each), "--resources", f"gpu={each}", "--scheduler", "greedy", "--keep-going", "--nolock"]
-        words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--quiet", "progress"]
+        words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--"]
         with (folder / "snakemake.log").open("ab") as log:
             command = python("snakemake", *words, target)
             running[cell] = subprocess.Popen(
