@@ -309,4 +309,4 @@ def batches_of(rows: Rows, workers: int) -> Iterator[Any]:
     """The batches in order, made by `workers` processes."""
     from torch.utils.data import DataLoader
 
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=4))  # type: ignore[arg-type]
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, multiprocessing_context="fork"))  # type: ignore[arg-type]
