@@ -324,29 +324,52 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
+def kept(out: Path) -> list[Answers]:
+    """Return the answers that an earlier call wrote to `out`, perhaps on another machine."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    if not (out / "right.parquet").exists():
+        return []
+    questions, answered = (pq.read_table(out / f"{name}.parquet") for name in ("questions", "right"))
+    found = []
+    for name in dict.fromkeys(questions["cell"].to_pylist()):
+        labels, share, seed = name.rsplit("-", 2)
+        asked = questions.filter(pc.equal(questions["cell"], name)).to_pydict()
+        own = answered.filter(pc.equal(answered["cell"], name))
+        methods = dict.fromkeys(own["method"].to_pylist())
+        right = {one: np.array(own.filter(pc.equal(own["method"], one))["right"]) for one in methods}
+        truth = np.array(asked["misled"]), np.array(asked["hidden"])
+        cell = Cell(float(share), int(seed), labels)
+        found.append(Answers(cell, asked["question_id"], asked["image"], *truth, right))
+    return found
+
+
 def collect(cells: list[Cell], work: Path, out: Path) -> None:
-    """Write right.parquet, questions.parquet, tables.parquet and tables.md of all finished cells."""
+    """Write right.parquet, questions.parquet, tables.parquet and tables.md of all finished cells, and of those in `out`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     found = [one for cell in cells if (one := read(cell, work)) is not None]
+    fresh = {one.cell for one in found}
+    found = sorted([*found, *(one for one in kept(out) if one.cell not in fresh)], key=lambda one: one.cell.name)
     if not found:
         return
     out.mkdir(parents=True, exist_ok=True)
     questions: list[pa.Table] = []
     right: list[pa.Table] = []
     for one in found:
-        cell = pa.array([one.cell.name]).dictionary_encode()
+        size = len(one.ids)
         about = {"question_id": one.ids, "image": one.images, "misled": one.misled, "hidden": one.hidden}
-        many = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(one.ids), np.int32)), cell.dictionary)
-        questions.append(pa.table({"cell": many, **about}))
-        right += [pa.table({"cell": many, "method": [name] * len(one.ids), "right": rows}) for name, rows in one.right.items()]
-    pq.write_table(pa.concat_tables(questions), out / "questions.parquet", compression="zstd")
-    pq.write_table(pa.concat_tables(right), out / "right.parquet", compression="zstd")
+        questions.append(pa.table({"cell": [one.cell.name] * size, **about}))
+        for name, rows in one.right.items():
+            right.append(pa.table({"cell": [one.cell.name] * size, "method": [name] * size, "right": rows}))
+    for name, tables in (("questions", questions), ("right", right)):
+        pq.write_table(pa.concat_tables(tables), out / f"{name}.parquet", compression="zstd")
     rows = list(measure(found))
     pq.write_table(pa.Table.from_pylist(rows), out / "tables.parquet", compression="zstd")
     (out / "tables.md").write_text(markdown(rows))
-    print(f"tables of {len(found)} of {len(cells)} cells: {out / 'tables.md'}")
+    print(f"tables of {len(found)} cells: {out / 'tables.md'}")
 
 
 def main() -> None:
@@ -356,6 +379,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=DEMO)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--target", default="evidence", help="Snakemake target; pairs or model stop earlier")
+    parser.add_argument("--seeds", type=int, nargs="*", help="only cells of these seeds; --out keeps what it has of others")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after this time")
     parser.add_argument("--murk", type=int, help="see surf.demo.controlled")
     parser.add_argument("--learning-rate", type=float, help="of all fine-tunes")
@@ -364,7 +388,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     scale = TINY if args.tiny else Scale()
     changes = {name: getattr(args, name) for name in ("murk", "learning_rate") if getattr(args, name) is not None}
-    scale = replace(scale, **changes)
+    scale = replace(scale, **changes, seeds=tuple(args.seeds) if args.seeds else scale.seeds)
     work, models = args.work.resolve(), args.models.resolve()
     processes = len(os.sched_getaffinity(0))
     draw_worlds(scale, work, processes)
