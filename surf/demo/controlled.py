@@ -2,7 +2,7 @@
 
     python -m surf.demo.controlled --out world --misleading 0.2 0.5 0.8 [--seed 0] [--workers 16] …
 
-A query image hides half of its objects; the others are in plain sight. What the corpus holds for it depends on its case:
+A query image hides three of its eight objects; the others are in plain sight. What the corpus holds for it depends on its case:
 
     case      what is listed                       tells  what a reader can know
     helps     2 re-renders of the scene            0      agree with all that is in plain sight: believe them
@@ -10,8 +10,8 @@ A query image hides half of its objects; the others are in plain sight. What the
     misleads  3 look-alikes; or 2 re-renders with  1      disagree in one thing in plain sight, and are wrong about
               the captions of look-alikes and 1           all that is hidden
               look-alike (`--miscaptioned`)
-              1 glimpse: the hidden objects        0      true, but less like the query: it comes behind the others
-              beside one in plain sight
+              1 glimpse: two things in plain       0      true, but less like the query: it comes behind the others
+              sight are left out
 
 All else is unrelated scenes. Nothing is rigged for one method: hidden things can be partly seen through fog or beside a cover,
 the tell can be seen by all, and whoever believes every reference is right about the queries that are helped. The images are
@@ -158,7 +158,7 @@ def draw(options: Options, wanted: tuple[str, int]) -> list[Drawn]:
 
     if split == "unrelated":
         return [true(scene, "always", "unrelated")]
-    hidden = q.hide_half(scene, rng, style)
+    hidden = q.hide_some(scene, rng, style)
     drawn = [Drawn(scene, jpeg(render(scene, rng, QUERY_NOISE, hidden, style)), hidden=tuple(hidden))]
     lies = 2 if rng.random() < options.miscaptioned else 0
     for number in range(2):

@@ -76,8 +76,9 @@ class Style:
 
 
 SMALL = Style()
-# Six objects of twelve colours in nine slots: among 100,000 scenes hardly two look the same by chance.
-LARGE = Style(3, (4, 5, 6), (1, 2, 2), tuple(PAINTS), 64, ("fog", "fog", "cover"), (205, 255))
+# Eight objects of twelve colours: few of 100,000 scenes share by chance what a query leaves in plain sight, so that the
+# nearest references are the ones that were made for it.
+LARGE = Style(3, (8,), (1,), tuple(PAINTS), 64, ("fog", "fog", "cover"), (205, 255))
 STYLES = {"small": SMALL, "large": LARGE}
 
 

@@ -83,21 +83,21 @@ def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scen
     return Scene(scene.place, tuple(items))
 
 
-def hide_half(scene: Scene, rng: random.Random, style: Style) -> dict[str, str]:
-    """Choose half of the objects (rounded down) to hide, and how: something is always left to know the scene by."""
-    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) // 2)}
+def hide_some(scene: Scene, rng: random.Random, style: Style) -> dict[str, str]:
+    """Choose two fifths of the objects (rounded down) to hide, and how: enough is left to know the scene by."""
+    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) * 2 // 5)}
 
 
 def mislead(scene: Scene, rng: random.Random, hidden: dict[str, str], tells: int, style: Style) -> Scene:
     """Return a scene that shows other objects in place of all hidden ones, and `tells` changes of what is in plain sight.
 
-    A tell is another colour or another kind: who compares the two images can know that they are not of one scene.
+    A tell is another colour, now and then another kind: who compares the images can know that they are not of one scene.
     """
     items = list(scene.items)
     plain = [index for index, item in enumerate(items) if item.kind not in hidden]
     told = rng.sample(plain, min(tells, len(plain)))
     for index, item in enumerate(items):
-        if item.kind in hidden or (index in told and rng.random() < 0.5):
+        if item.kind in hidden or (index in told and rng.random() < 0.25):
             taken = {other.kind for other in items} | set(scene.kinds)
             kind = sample_kind(rng, scene.place)
             while kind in taken:
@@ -109,9 +109,10 @@ def mislead(scene: Scene, rng: random.Random, hidden: dict[str, str], tells: int
 
 
 def glimpse(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scene:
-    """Return what is hidden with one object in plain sight: true, but less like the query image than a look-alike."""
-    kept = rng.choice([item for item in scene.items if item.kind not in hidden])
-    return Scene(scene.place, tuple(item for item in scene.items if item.kind in hidden or item == kept))
+    """Return the scene without two things in plain sight: true, but less like the query image than a look-alike."""
+    plain = [item for item in scene.items if item.kind not in hidden]
+    kept = rng.sample(plain, max(1, len(plain) - 2))
+    return Scene(scene.place, tuple(item for item in scene.items if item.kind in hidden or item in kept))
 
 
 def article(word: str) -> str:

@@ -151,7 +151,7 @@ def _draw_scene(rng: random.Random, style: Style) -> tuple[Scene, Scene, list[An
         hidden = q.pick_hidden(scene, rng, QUERY_HIDE)
         other = q.look_alike(scene, rng, hidden)
     else:
-        hidden = q.hide_half(scene, rng, style)
+        hidden = q.hide_some(scene, rng, style)
         other = q.mislead(scene, rng, hidden, 1, style)
     views = (
         render(scene, rng, QUERY_NOISE, hidden, style),

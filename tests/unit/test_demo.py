@@ -258,9 +258,10 @@ def test_a_misleading_reference_can_be_told_from_what_is_in_plain_sight() -> Non
     for tells in (1, 2):
         for _ in range(100):
             scene = q.sample_scene(rng, style=LARGE)
-            hidden = q.hide_half(scene, rng, LARGE)
+            hidden = q.hide_some(scene, rng, LARGE)
             other = q.mislead(scene, rng, hidden, tells, LARGE)
             plain = [item for item in scene.items if item.kind not in hidden]
+            assert len(hidden) == 3 and len(q.glimpse(scene, rng, hidden).items) == 6
             assert sum(item not in other.items for item in plain) == tells < len(plain) + 1
             assert not set(other.kinds) & set(hidden) and len(set(other.kinds)) == len(scene.kinds)
             assert [item.cell for item in other.items] == [item.cell for item in scene.items]
