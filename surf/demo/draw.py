@@ -1,5 +1,6 @@
-"""Draw the example world: 64x64 scenes from shapes, colours and textures, by this file alone.
+"""Draw the example world: small scenes from shapes, colours and textures, by this file alone.
 
+A `Style` says how large and how crowded they are: SMALL is the embedded example, LARGE the controlled experiment.
 Objects are tables of primitives (`surf.demo.shapes`), drawn at four times their final size and downsampled.
 Everything random comes from the `random.Random` that the caller passes, so equal seeds give equal pixels.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from surf.demo.backdrop import paint
 from surf.demo.shapes import INKS, SHAPES
 
-SIZE = 64  # pixels, width and height of every image
+SIZE = 64  # pixels, width and height of every image of style SMALL
+CELL = 32  # pixels, width of an object slot
 OVERSAMPLE = 4  # drawing scale before downsampling
-BACKDROPS = 16  # variants per place
-CELLS = ((16, 16), (48, 16), (16, 47), (48, 47))  # centres of the four object slots, pixels
 JITTER = 1  # pixels; more makes objects straddle patches, which a four-layer transformer learns far more slowly
 HIDINGS = ("small", "fog", "cover")
 
@@ -33,6 +33,15 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (146, 72, 196),
     "orange": (244, 134, 40),
 }
+MORE_COLORS: dict[str, tuple[int, int, int]] = {  # of style LARGE alone
+    "pink": (240, 132, 186),
+    "brown": (122, 80, 50),
+    "black": (46, 46, 54),
+    "white": (246, 246, 246),
+    "gray": (142, 146, 152),
+    "teal": (36, 170, 170),
+}
+PAINTS = COLORS | MORE_COLORS
 KINDS = tuple(SHAPES)
 PLACES: dict[str, tuple[str, ...]] = {  # place -> its own objects, most frequent first
     "park": ("dog", "bench", "kite", "bird"),
@@ -43,8 +52,39 @@ PLACES: dict[str, tuple[str, ...]] = {  # place -> its own objects, most frequen
 
 
 @dataclass(frozen=True)
+class Style:
+    """How scenes look. The defaults are the embedded example's."""
+
+    grid: int = 2  # object slots a side
+    counts: tuple[int, ...] = (1, 2, 3, 4)  # objects of a scene
+    weights: tuple[int, ...] = (1, 2, 4, 3)  # how often each count comes
+    colors: tuple[str, ...] = tuple(COLORS)
+    backdrops: int = 16  # variants per place
+    hidings: tuple[str, ...] = HIDINGS
+    fog: tuple[int, int] = (205, 240)  # opacity of fog, of 255
+
+    @property
+    def size(self) -> int:
+        """Width and height of an image in pixels."""
+        return CELL * self.grid
+
+    @cached_property
+    def cells(self) -> tuple[tuple[int, int], ...]:
+        """Centres of the object slots, pixels."""
+        spots = range(self.grid)
+        return tuple((CELL // 2 + CELL * column, CELL // 2 + (CELL - 1) * row) for row in spots for column in spots)
+
+
+SMALL = Style()
+# Eight objects of twelve colours: few of 100,000 scenes share by chance what a query leaves in plain sight, so that the
+# nearest references are the ones that were made for it.
+LARGE = Style(3, (8,), (1,), tuple(PAINTS), 64, ("fog", "fog", "cover"), (205, 255))
+STYLES = {"small": SMALL, "large": LARGE}
+
+
+@dataclass(frozen=True)
 class Item:
-    """One object of a scene: kind, colour name and cell (0..3)."""
+    """One object of a scene: kind, colour name and cell (0 … grid² − 1)."""
 
     kind: str
     color: str
@@ -53,7 +93,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows: a place and one to four objects of different kinds."""
+    """What an image shows: a place and objects of different kinds."""
 
     place: str
     items: tuple[Item, ...]
@@ -63,14 +103,16 @@ class Scene:
         return tuple(item.kind for item in self.items)
 
 
-def render(scene: Scene, rng: random.Random, noise: float, hidden: dict[str, str] | None = None) -> Image.Image:
-    """Return a 64x64 RGB image of the scene.
+def render(
+    scene: Scene, rng: random.Random, noise: float, hidden: dict[str, str] | None = None, style: Style = SMALL
+) -> Image.Image:
+    """Return an RGB image of the scene, style.size pixels wide and high.
 
     noise: standard deviation (grey levels); hidden: kind -> one of HIDINGS, for objects made small, fogged or covered.
     """
-    image = _backdrop(scene.place, rng.randrange(BACKDROPS)).copy()
+    image = _backdrop(scene.place, rng.randrange(style.backdrops), style.size).copy()
     for item in scene.items:
-        _place_object(image, item, rng, (hidden or {}).get(item.kind, ""))
+        _place_object(image, item, rng, (hidden or {}).get(item.kind, ""), style)
     pixels = np.asarray(image, dtype=np.float32)
     # the light differs between photographs of one scene, so that pixels alone do not give a re-render away
     pixels = pixels * rng.uniform(0.9, 1.08) + rng.uniform(-8, 8)
@@ -78,11 +120,11 @@ def render(scene: Scene, rng: random.Random, noise: float, hidden: dict[str, str
     return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))
 
 
-def _place_object(image: Image.Image, item: Item, rng: random.Random, how: str) -> None:
+def _place_object(image: Image.Image, item: Item, rng: random.Random, how: str, style: Style) -> None:
     """Paste one object with a soft shadow at its jittered cell, then hide it if asked."""
     size = rng.randint(12, 15) if how == "small" else rng.randint(26, 29)
-    x = CELLS[item.cell][0] + rng.randint(-JITTER, JITTER)
-    y = CELLS[item.cell][1] + rng.randint(-JITTER, JITTER)
+    x = style.cells[item.cell][0] + rng.randint(-JITTER, JITTER)
+    y = style.cells[item.cell][1] + rng.randint(-JITTER, JITTER)
     sprite = _sprite(item.kind, item.color, size)
     corner = (x - size // 2, y - size // 2)
     shadow = Image.new("RGBA", (size, max(3, size // 7)), (0, 0, 0, 0))
@@ -90,7 +132,7 @@ def _place_object(image: Image.Image, item: Item, rng: random.Random, how: str) 
     image.paste(shadow, (corner[0], corner[1] + size - shadow.height // 2), shadow)
     image.paste(sprite, corner, sprite)
     if how == "fog":
-        fog = _fog(size + 10, rng.randint(205, 240))
+        fog = _fog(size + 10, rng.randint(*style.fog))
         image.paste((228, 232, 236), (x - fog.width // 2, y - fog.height // 2), fog)
     elif how == "cover":
         cover = _cover(rng.choice(("bush", "crate")), size + 2)
@@ -108,9 +150,9 @@ def _sprite(kind: str, color: str, size: int) -> Image.Image:
     canvas = Image.new("RGBA", (side, side), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
     for shape, ink, *rest in SHAPES[kind]:
-        _primitive(pen, shape, _ink(ink, COLORS[color]), rest, scale, margin)
+        _primitive(pen, shape, _ink(ink, PAINTS[color]), rest, scale, margin)
     alpha = canvas.getchannel("A")
-    outline = Image.new("RGBA", canvas.size, (*_shade(COLORS[color], 0.3), 0))
+    outline = Image.new("RGBA", canvas.size, (*_shade(PAINTS[color], 0.3), 0))
     outline.putalpha(alpha.filter(ImageFilter.MaxFilter(2 * (OVERSAMPLE // 2) + 1)))
     outline.alpha_composite(canvas)
     return outline.resize((size, size), Image.Resampling.BOX)
@@ -198,6 +240,6 @@ def _cover(kind: str, size: int) -> Image.Image:
 
 
 @cache
-def _backdrop(place: str, variant: int) -> Image.Image:
-    """Return one of the place's backdrops, 64x64 RGB in pale colours so that the objects stand out."""
-    return paint(place, random.Random(f"backdrop:{place}:{variant}"), SIZE, OVERSAMPLE)
+def _backdrop(place: str, variant: int, size: int) -> Image.Image:
+    """Return one of the place's backdrops, RGB in pale colours so that the objects stand out."""
+    return paint(place, random.Random(f"backdrop:{place}:{variant}"), size, OVERSAMPLE)

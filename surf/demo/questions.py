@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from surf.demo.draw import COLORS, HIDINGS, KINDS, PLACES, Item, Scene
+from surf.demo.draw import COLORS, KINDS, PLACES, SMALL, Item, Scene, Style
 
 SHORT = "Answer the question using a single word or phrase."
+RELEVANCE = (  # the words of surf.prompts.relevance
+    "Would the retrieved image-caption pair help to answer the following question about the last image?\n{}\n"
+    "Answer with yes or no."
+)
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 SYSTEM = (
@@ -25,7 +29,7 @@ PLACE_WEIGHTS = (5, 4, 3, 2)  # of a place's four objects: this makes some objec
 
 @dataclass(frozen=True)
 class Round:
-    """One question turn: kind is yesno, color, place, choice or caption; suffix is LLaVA's answer format line."""
+    """One question turn: kind is yesno, color, place, choice, caption or relevance; suffix is LLaVA's answer format line."""
 
     kind: str
     question: str
@@ -37,17 +41,17 @@ class Round:
         return "\n".join(part for part in (self.question, self.suffix) if part)
 
 
-def sample_scene(rng: random.Random, fewest: int = 1) -> Scene:
-    """Draw a scene of `fewest` to four objects of different kinds, mostly those of its place."""
+def sample_scene(rng: random.Random, fewest: int = 1, style: Style = SMALL) -> Scene:
+    """Draw a scene of at least `fewest` objects of different kinds, mostly those of its place."""
     place = rng.choice(tuple(PLACES))
-    count = max(fewest, rng.choices((1, 2, 3, 4), weights=(1, 2, 4, 3))[0])
+    count = max(fewest, rng.choices(style.counts, weights=style.weights)[0])
     kinds: list[str] = []
     while len(kinds) < count:
         kind = sample_kind(rng, place)
         if kind not in kinds:
             kinds.append(kind)
-    cells = rng.sample(range(4), count)
-    colors = rng.choices(tuple(COLORS), k=count)
+    cells = rng.sample(range(len(style.cells)), count)
+    colors = rng.choices(style.colors, k=count)
     return Scene(place, tuple(Item(*parts) for parts in zip(kinds, colors, cells, strict=True)))
 
 
@@ -56,9 +60,9 @@ def sample_kind(rng: random.Random, place: str) -> str:
     return rng.choices(PLACES[home], weights=PLACE_WEIGHTS)[0]
 
 
-def pick_hidden(scene: Scene, rng: random.Random, share: float) -> dict[str, str]:
+def pick_hidden(scene: Scene, rng: random.Random, share: float, style: Style = SMALL) -> dict[str, str]:
     """Choose the objects that a query image hides, each with probability `share`, and how."""
-    return {kind: rng.choice(HIDINGS) for kind in scene.kinds if rng.random() < share}
+    return {kind: rng.choice(style.hidings) for kind in scene.kinds if rng.random() < share}
 
 
 def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scene:
@@ -77,6 +81,38 @@ def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scen
         color = items[index].color if rng.random() < 0.7 else rng.choice(tuple(COLORS))
         items[index] = replace(items[index], kind=kind, color=color)
     return Scene(scene.place, tuple(items))
+
+
+def hide_some(scene: Scene, rng: random.Random, style: Style) -> dict[str, str]:
+    """Choose two fifths of the objects (rounded down) to hide, and how: enough is left to know the scene by."""
+    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) * 2 // 5)}
+
+
+def mislead(scene: Scene, rng: random.Random, hidden: dict[str, str], tells: int, style: Style) -> Scene:
+    """Return a scene that shows other objects in place of all hidden ones, and `tells` changes of what is in plain sight.
+
+    A tell is another colour, now and then another kind: who compares the images can know that they are not of one scene.
+    """
+    items = list(scene.items)
+    plain = [index for index, item in enumerate(items) if item.kind not in hidden]
+    told = rng.sample(plain, min(tells, len(plain)))
+    for index, item in enumerate(items):
+        if item.kind in hidden or (index in told and rng.random() < 0.25):
+            taken = {other.kind for other in items} | set(scene.kinds)
+            kind = sample_kind(rng, scene.place)
+            while kind in taken:
+                kind = rng.choice(KINDS) if rng.random() < 0.2 else sample_kind(rng, scene.place)
+            items[index] = replace(item, kind=kind)
+        elif index in told:
+            items[index] = replace(item, color=rng.choice([color for color in style.colors if color != item.color]))
+    return Scene(scene.place, tuple(items))
+
+
+def glimpse(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scene:
+    """Return the scene without two things in plain sight: true, but less like the query image than a look-alike."""
+    plain = [item for item in scene.items if item.kind not in hidden]
+    kept = rng.sample(plain, max(1, len(plain) - 2))
+    return Scene(scene.place, tuple(item for item in scene.items if item.kind in hidden or item in kept))
 
 
 def article(word: str) -> str:
@@ -119,6 +155,10 @@ def ask_choice(scene: Scene, rng: random.Random) -> Round:
     rng.shuffle(options)
     lines = "\n".join(f"{letter}. {kind}" for letter, kind in zip("ABC", options, strict=True))
     return Round("choice", f"Which object is in the image?\n{lines}", LETTER, "ABC"[options.index(right)])
+
+
+def ask_relevance(one: Round, helps: bool) -> Round:
+    return Round("relevance", RELEVANCE.format(one.text), "", "Yes" if helps else "No")
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> Round:

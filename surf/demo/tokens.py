@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surf.demo import questions as q
+from surf.demo.draw import SMALL, Style
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<mask>")  # ids 0..5, the same in the three tokenizers
 PAD, BOS, EOS, IMAGE, MASK = 0, 1, 2, 4, 5
@@ -42,7 +43,7 @@ def layout(question: str, captions: list[str]) -> str:
     return f"<Retrieval>{lines}</Retrieval> <image>\n{question}"
 
 
-def train_bpe(seed: int = 0, vocabulary: int = 900) -> Any:
+def train_bpe(seed: int = 0, vocabulary: int = 900, style: Style = SMALL) -> Any:
     """Return a byte-level BPE `tokenizers.Tokenizer` of at most `vocabulary` entries, trained on the world's text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -56,22 +57,24 @@ def train_bpe(seed: int = 0, vocabulary: int = 900) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(seed), trainer)
+    tokenizer.train_from_iterator(_texts(seed, style), trainer)
     return tokenizer
 
 
-def _texts(seed: int, scenes: int = 800) -> list[str]:
+def _texts(seed: int, style: Style, scenes: int = 800) -> list[str]:
     """Return prompts with answers, so that every word of the world becomes one token."""
     rng = random.Random(f"text:{seed}")
     texts = []
     for _ in range(scenes):
-        scene = q.sample_scene(rng)
+        scene = q.sample_scene(rng, style=style)
         rounds = [*q.yes_no_rounds(scene, rng, 4), q.ask_color(scene, rng), q.ask_place(scene)]
         rounds += [q.ask_choice(scene, rng), q.ask_caption(scene, rng)]
         captions = [q.caption(scene, rng) for _ in range(rng.randint(1, 3))]
         for one in rounds:
             system, shown = (q.SYSTEM_REFERENCES, captions) if rng.random() < 0.5 else (q.SYSTEM, [])
             texts.append(f"{system} USER: {layout(one.text, shown)} ASSISTANT: {one.answer}")
+        if style != SMALL:
+            texts.append(q.ask_relevance(rounds[0], helps=True).text)
     return texts
 
 

@@ -1,8 +1,13 @@
-"""Train the embedded world's three tiny models from nothing: CLIP, LLaVA on its vision tower, and BERT.
+"""Train three models from nothing: CLIP, LLaVA on its vision tower, and BERT.
 
-    python -m surf.demo.train --out surf/demo/models
+    python -m surf.demo.train --out surf/demo/models                                      the embedded example's, on a CPU
+    python -m surf.demo.train --out models --size large --device cuda --workers 14        those of `surf.demo.controlled`
 
-Training scenes are drawn from their own random streams, so no image of `surf.demo.world` is ever seen here.
+Training scenes are drawn from their own random streams, so no image of a world is ever seen here. With --size large the
+models are saved in bfloat16, and the language model learns two things apart: to answer with references that are nearly
+always true, so that it believes them, and to say whether a reference is of the scene it is asked about. What it never learns
+here is to make its belief depend on that; a fine-tune can.
+A model whose folder is there is not trained again.
 """
 
 from __future__ import annotations
@@ -11,38 +16,43 @@ import argparse
 import json
 import random
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surf.demo import questions as q
 from surf.demo import tokens
-from surf.demo.draw import COLORS, KINDS, SIZE, Scene, render
+from surf.demo.draw import KINDS, STYLES, Scene, Style, render
 from surf.demo.train_lvlm import build_model, optimize, train
 from surf.demo.world import CLEAR_NOISE, QUERY_HIDE, QUERY_NOISE
 
-PATCH = 16  # pixels; 4 x 4 patches per image
+PATCH = 16  # pixels
 CONTEXT = 48  # CLIP text tokens
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics, as both preprocessors use them
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-
-PAIRS = [(kind, color) for kind in KINDS for color in COLORS]
+Bank = list[tuple[Scene, Scene]]  # of every training scene: itself and its look-alike
 
 
 @dataclass
 class Recipe:
-    """Sizes and lengths of the training run; every field is a flag."""
+    """Sizes and lengths of the training run; every field is a flag. The defaults are the embedded example's."""
 
+    size: str = "small"  # key of STYLES
     seed: int = 0
     scenes: int = 5000  # training scenes, three images each
     vision_width: int = 96
     vision_layers: int = 4
+    vision_head: int = 16
+    text_width: int = 64
     clip_steps: int = 1200
     clip_batch: int = 128
     clip_rate: float = 2e-3
     width: int = 96
     layers: int = 3
+    head: int = 16
     lvlm_batch: int = 12
     text_steps: int = 300
     text_rate: float = 2e-3
@@ -51,69 +61,141 @@ class Recipe:
     reference_share: float = 0.5  # of the training prompts, with one to three references
     trust: float = 0.93  # of those references, clear re-renders of the query scene: the model learns to believe them
     stray: float = 0.0  # of those references, unrelated scenes; the rest are look-alikes
+    judged: float = 0.0  # of the prompts with references, those that only ask whether the one reference is relevant
     bert_steps: int = 400
     threads: int = 2
+    workers: int = 0  # processes that draw and lay out training data; 0: this one
+    bf16: bool = False
     device: str = "cpu"
 
+    @property
+    def style(self) -> Style:
+        return STYLES[self.size]
 
-def draw_bank(scenes: int, seed: int) -> tuple[list[tuple[Scene, Scene]], Any]:
-    """Return (scene, look-alike) pairs and pixels uint8 [3 * scenes, SIZE, SIZE, 3].
+    @property
+    def patches(self) -> int:
+        """Image tokens of an image."""
+        return (self.style.size // PATCH) ** 2
+
+    def autocast(self) -> Any:
+        """Context in which losses are computed."""
+        import torch
+
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.bf16)
+
+
+# 24 million parameters in the LLaVA, 5 million of them in its vision tower.
+LARGE = Recipe(
+    size="large",
+    scenes=60_000,
+    vision_width=256,
+    vision_layers=6,
+    vision_head=32,
+    text_width=128,
+    clip_steps=2000,
+    clip_batch=1024,
+    clip_rate=1e-3,
+    width=512,
+    layers=6,
+    head=64,
+    lvlm_batch=128,
+    text_steps=500,
+    text_rate=1e-3,
+    image_steps=3000,
+    image_rate=8e-4,
+    trust=0.97,
+    judged=0.25,
+    bf16=True,
+)
+RECIPES = {"small": Recipe(), "large": LARGE}
+
+
+def draw_bank(scenes: int, seed: int, style: Style = STYLES["small"], workers: int = 0) -> tuple[Bank, Any]:
+    """Return (scene, look-alike) pairs and pixels uint8 [3 * scenes, size, size, 3].
 
     The three images of a pair are a query view of the scene, a clear re-render of it and the clear look-alike.
     """
     import numpy as np
 
-    rng = random.Random(f"train:{seed}")
-    bank, images = [], np.empty((3 * scenes, SIZE, SIZE, 3), dtype=np.uint8)
-    for number in range(scenes):
-        scene = q.sample_scene(rng)
-        hidden = q.pick_hidden(scene, rng, QUERY_HIDE)
-        other = q.look_alike(scene, rng, hidden)
+    bank, images = [], np.empty((3 * scenes, style.size, style.size, 3), dtype=np.uint8)
+    for number, (scene, other, views) in enumerate(_draw_scenes(scenes, seed, style, workers)):
         bank.append((scene, other))
-        views = (
-            render(scene, rng, QUERY_NOISE, hidden),
-            render(scene, rng, CLEAR_NOISE),
-            render(other, rng, CLEAR_NOISE),
-        )
         for offset, view in enumerate(views):
-            images[3 * number + offset] = np.asarray(view)
+            images[3 * number + offset] = view
     return bank, images
 
 
+def _draw_scenes(scenes: int, seed: int, style: Style, workers: int) -> Iterator[tuple[Scene, Scene, list[Any]]]:
+    """Yield scene, look-alike and three images: from one random stream, or for a larger style from one for each scene."""
+    from multiprocessing import get_context
+
+    if style == STYLES["small"]:
+        rng = random.Random(f"train:{seed}")
+        yield from (_draw_scene(rng, style) for _ in range(scenes))
+    elif not workers:
+        yield from (_draw_own(seed, style, number) for number in range(scenes))
+    else:
+        with get_context("spawn").Pool(workers) as pool:
+            yield from pool.imap(partial(_draw_own, seed, style), range(scenes), chunksize=100)
+
+
+def _draw_own(seed: int, style: Style, number: int) -> tuple[Scene, Scene, list[Any]]:
+    return _draw_scene(random.Random(f"train:{seed}:{number}"), style)
+
+
+def _draw_scene(rng: random.Random, style: Style) -> tuple[Scene, Scene, list[Any]]:
+    import numpy as np
+
+    scene = q.sample_scene(rng, style=style)
+    if style == STYLES["small"]:
+        hidden = q.pick_hidden(scene, rng, QUERY_HIDE)
+        other = q.look_alike(scene, rng, hidden)
+    else:
+        hidden = q.hide_some(scene, rng, style)
+        other = q.mislead(scene, rng, hidden, 1, style)
+    views = (
+        render(scene, rng, QUERY_NOISE, hidden, style),
+        render(scene, rng, CLEAR_NOISE, style=style),
+        render(other, rng, CLEAR_NOISE, style=style),
+    )
+    return scene, other, [np.asarray(view) for view in views]
+
+
 def normalise(images: Any) -> Any:
-    """Return float32 [n, 3, SIZE, SIZE] for the vision towers from uint8 [n, SIZE, SIZE, 3]."""
+    """Return float32 [n, 3, size, size] for the vision towers from a tensor, uint8 [n, size, size, 3]."""
     import torch
 
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-    return (pixels - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
 
 
-def pair_labels(bank: list[tuple[Scene, Scene]]) -> Any:
+def pair_labels(bank: Bank, style: Style) -> Any:
     """Return float32 [3 * scenes, kinds * colours]: 1 where an image shows that kind in that colour."""
     import torch
 
-    labels = torch.zeros(3 * len(bank), len(PAIRS))
+    place = {pair: n for n, pair in enumerate((kind, color) for kind in KINDS for color in style.colors)}
+    labels = torch.zeros(3 * len(bank), len(place))
     for number, (scene, other) in enumerate(bank):
         for offset, shown in enumerate((scene, scene, other)):
-            for item in shown.items:
-                labels[3 * number + offset, PAIRS.index((item.kind, item.color))] = 1
+            labels[3 * number + offset, [place[item.kind, item.color] for item in shown.items]] = 1
     return labels
 
 
 def clip_config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     vision = {
-        "image_size": SIZE,
+        "image_size": recipe.style.size,
         "patch_size": PATCH,
         "layers": recipe.vision_layers,
         "width": recipe.vision_width,
-        "head_width": 16,
+        "head_width": recipe.vision_head,
     }
     text = {
         "context_length": CONTEXT,
         "vocab_size": vocabulary,
         "hf_tokenizer_name": ".",  # open_clip then reads the tokenizer from its own local folder
-        "width": 64,
-        "heads": 4,
+        "width": recipe.text_width,
+        "heads": recipe.text_width // 16,
         "layers": 2,
         "pool_type": "eos",
         "eos_id": tokens.EOS,
@@ -122,8 +204,11 @@ def clip_config(recipe: Recipe, vocabulary: int) -> dict[str, Any]:
     return {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text}
 
 
-def train_clip(recipe: Recipe, bank: list[tuple[Scene, Scene]], pixels: Any, tokenizer: Any, out: Path) -> Any:
-    """Train and save an open_clip model by contrast between images and captions; return it in eval mode."""
+def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Path) -> Any:
+    """Train and save an open_clip model by contrast between images and captions; return it in eval mode.
+
+    pixels: uint8 [3 * scenes, size, size, 3].
+    """
     import torch
     from open_clip.model import CLIP
     from safetensors.torch import save_file
@@ -137,12 +222,18 @@ def train_clip(recipe: Recipe, bank: list[tuple[Scene, Scene]], pixels: Any, tok
 
     # an auxiliary head finds (kind, colour) in the patch tokens that the LLaVA will read; contrast alone trains them
     # far too slowly at this size. It is thrown away afterwards
-    head = torch.nn.Sequential(torch.nn.LayerNorm(recipe.vision_width), torch.nn.Linear(recipe.vision_width, len(PAIRS)))
+    labels = pair_labels(bank, recipe.style).to(recipe.device)
+    wide = recipe.vision_width
+    head = torch.nn.Sequential(torch.nn.LayerNorm(wide), torch.nn.Linear(wide, labels.shape[1]))
     head.to(recipe.device)
     patches: list[Any] = []
     model.visual.transformer.resblocks[-2].register_forward_hook(lambda _m, _i, output: patches.append(output[:, 1:]))
 
     def draw() -> Any:
+        with recipe.autocast():
+            return loss()
+
+    def loss() -> Any:
         # query views, re-renders and look-alikes share the batch, so near misses are told apart too
         chosen = rng.sample(range(len(bank)), recipe.clip_batch * 3 // 4)
         picked = [3 * number + rng.randrange(2) for number in chosen]
@@ -150,7 +241,7 @@ def train_clip(recipe: Recipe, bank: list[tuple[Scene, Scene]], pixels: Any, tok
         captions = [q.caption(bank[index // 3][1 if index % 3 == 2 else 0], rng) for index in picked]
         ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
         ids = ids[:, : int((ids != tokens.PAD).sum(1).max())].to(recipe.device)
-        image, text = model.encode_image(pixels[picked], normalize=True), _encode_text(model, ids)
+        image, text = model.encode_image(normalise(pixels[picked]), normalize=True), _encode_text(model, ids)
         logits = model.logit_scale.exp().clamp(max=50) * image @ text.T
         goal = torch.arange(len(picked), device=logits.device)
         contrast = (functional.cross_entropy(logits, goal) + functional.cross_entropy(logits.T, goal)) / 2
@@ -158,16 +249,15 @@ def train_clip(recipe: Recipe, bank: list[tuple[Scene, Scene]], pixels: Any, tok
         shown = labels[picked]
         return contrast + 10 * functional.binary_cross_entropy_with_logits(seen, shown)
 
-    labels = pair_labels(bank).to(recipe.device)
     optimize([*model.parameters(), *head.parameters()], draw, recipe.clip_steps, recipe.clip_rate, "clip")
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
-    preprocess = {"size": SIZE, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+    preprocess = {"size": recipe.style.size, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     text = json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2)
     (out / "open_clip_config.json").write_text(text + "\n")
-    save_file(
-        {name: value.contiguous().cpu() for name, value in model.state_dict().items()}, out / "open_clip_model.safetensors"
-    )
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    weights = {name: value.contiguous().cpu().to(dtype) for name, value in model.state_dict().items()}
+    save_file(weights, out / "open_clip_model.safetensors")
     return model.eval()
 
 
@@ -182,21 +272,21 @@ def _encode_text(model: Any, ids: Any) -> Any:
     return functional.normalize(pooled @ model.text_projection, dim=-1)
 
 
-def train_lvlm(recipe: Recipe, bank: list[tuple[Scene, Scene]], pixels: Any, clip: Any, bpe: Any, out: Path) -> Any:
+def train_lvlm(recipe: Recipe, bank: Bank, pixels: Any, clip: Any, bpe: Any, out: Path) -> None:
     """Train and save the LLaVA with its processor and greedy generation settings."""
     import torch
     from transformers import GenerationConfig
 
     torch.manual_seed(recipe.seed)
     tokenizer = tokens.wrap(bpe, "lvlm")
-    model = build_model(clip, len(tokenizer), recipe.width, recipe.layers).to(recipe.device)
+    model = build_model(clip, len(tokenizer), recipe).to(recipe.device)
     train(model, bank, pixels, tokenizer, recipe)
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=32, bos_token_id=tokens.BOS, eos_token_id=tokens.EOS, pad_token_id=tokens.PAD
     )
+    model = model.to(torch.bfloat16) if recipe.bf16 else model
+    tokens.save_processor(tokenizer, out, recipe.style.size, PATCH)
     model.eval().save_pretrained(out)
-    tokens.save_processor(tokenizer, out, SIZE, PATCH)
-    return model
 
 
 def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
@@ -224,7 +314,7 @@ def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
     rng = random.Random(f"bert:{recipe.seed}")
 
     def text() -> str:
-        scene = q.sample_scene(rng)
+        scene = q.sample_scene(rng, style=recipe.style)
         return q.caption(scene, rng) if rng.random() < 0.8 else q.other_round(scene, rng).answer
 
     def draw() -> Any:
@@ -247,25 +337,49 @@ def run(recipe: Recipe, out: Path) -> None:
 
     torch.set_num_threads(recipe.threads)
     start = time.time()
-    bank, images = draw_bank(recipe.scenes, recipe.seed)
-    print(f"drew {len(images)} images, {time.time() - start:.0f} s", flush=True)
-    pixels = normalise(images).to(recipe.device)
-    bpe = tokens.train_bpe(recipe.seed)
-    print(f"{bpe.get_vocab_size()} tokens, {time.time() - start:.0f} s", flush=True)
-    clip = train_clip(recipe, bank, pixels, tokens.wrap(bpe, "clip"), out / "clip")
-    train_lvlm(recipe, bank, pixels, clip, bpe, out / "lvlm")
-    train_bert(recipe, bpe, out / "bert")
-    print(f"done, {time.time() - start:.0f} s", flush=True)
+
+    def note(text: str) -> None:
+        print(f"{text}, {time.time() - start:.0f} s", flush=True)
+
+    bank, images = draw_bank(recipe.scenes, recipe.seed, recipe.style, recipe.workers)
+    note(f"drew {len(images)} images")
+    pixels = torch.from_numpy(images).to(recipe.device)
+    bpe = tokens.train_bpe(recipe.seed, style=recipe.style)
+    note(f"{bpe.get_vocab_size()} tokens")
+    if (out / "clip" / "open_clip_model.safetensors").exists():
+        clip = load_clip(out / "clip").to(recipe.device)
+    else:
+        clip = train_clip(recipe, bank, pixels, tokens.wrap(bpe, "clip"), out / "clip")
+    note("CLIP")
+    if not (out / "lvlm" / "model.safetensors").exists():
+        train_lvlm(recipe, bank, pixels, clip, bpe, out / "lvlm")
+    note("LLaVA")
+    if not (out / "bert" / "model.safetensors").exists():
+        train_bert(recipe, bpe, out / "bert")
+    note("BERT")
+
+
+def load_clip(folder: Path) -> Any:
+    """Return the trained open_clip model in float32 and eval mode."""
+    import open_clip
+
+    return open_clip.create_model(f"local-dir:{folder}").eval()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--size", choices=list(RECIPES), default="small", help="whose recipe the defaults are")
+    recipe = RECIPES[first.parse_known_args()[0].size]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
     parser.add_argument("--out", type=Path, required=True)
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        if field.name != "size":
+            default = getattr(recipe, field.name)
+            kind = {"type": type(default)} if field.name != "bf16" else {"action": argparse.BooleanOptionalAction}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, **kind)
     args = vars(parser.parse_args())
     out = args.pop("out")
-    run(Recipe(**args), out)
+    run(replace(recipe, **args), out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train the tiny LLaVA: text first, then images, several questions sharing each prompt prefix.
+"""Train the LLaVA: text first, then images, several questions sharing each prompt prefix.
 
 A batch row packs one prefix (system prompt, references, query image) and about ten questions behind it. The attention
 mask lets each question see the prefix and itself only, so a row costs one prefix but teaches ten answers, and every
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,7 +18,6 @@ from surf.demo import questions as q
 from surf.demo.draw import Scene
 from surf.demo.tokens import BOS, EOS, IMAGE, PAD, layout
 
-PATCHES = 16  # image tokens per image
 CAPTION_WEIGHT = 0.25  # loss weight of a caption's tokens: they are many, the short answers few
 
 
@@ -33,14 +32,19 @@ class Row:
     images: list[int]  # rows of the feature bank, in order of the <image> tags
 
 
-def pack(encode: Callable[[str], tuple[int, ...]], captions: list[str], images: list[int], rounds: list[q.Round]) -> Row:
-    """Lay out a prefix and its questions. captions: of the references, images: theirs and last the query image."""
+def pack(
+    encode: Callable[[str], tuple[int, ...]], captions: list[str], images: list[int], rounds: list[q.Round], patches: int
+) -> Row:
+    """Lay out a prefix and its questions. captions: of the references, images: theirs and last the query image.
+
+    patches: tokens of an image.
+    """
     system = q.SYSTEM_REFERENCES if captions else q.SYSTEM
     prefix = f"{system} USER: {layout('', captions)}".removesuffix("\n")
     row = Row([BOS], [0], [0], [0.0], images)
     parts = prefix.split("<image>")
     for number, part in enumerate(parts):
-        ids = list(encode(part)) + ([IMAGE] * PATCHES if images and number < len(parts) - 1 else [])
+        ids = list(encode(part)) + ([IMAGE] * patches if images and number < len(parts) - 1 else [])
         _extend(row, ids, 0, 0.0, len(row.ids))
     start = len(row.ids)
     for number, one in enumerate(rounds, start=1):
@@ -67,30 +71,37 @@ def sample_rounds(scene: Scene, rng: random.Random) -> list[q.Round]:
     return [q.Round(r.kind, r.question, "", r.answer) if r.kind == "yesno" and rng.random() < 0.15 else r for r in rounds]
 
 
-def batch_loss(model: Any, rows: list[Row], features: Any) -> Any:
-    """Return the weighted cross-entropy of the rows. features: [images, PATCHES, width] of the vision tower."""
+def collate(rows: list[Row]) -> dict[str, Any]:
+    """Return padded tensors [rows, length] of the rows' fields, and `images` as one int64 [images of all rows]."""
     import torch
-    from torch.nn import functional
 
     length = max(len(row.ids) for row in rows)
 
     def padded(name: str, fill: float, dtype: Any) -> Any:
-        lists = [getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows]
-        return torch.tensor(lists, dtype=dtype, device=model.device)
+        return torch.tensor([getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows], dtype=dtype)
 
-    ids, segment = padded("ids", PAD, torch.long), padded("segment", -1, torch.long)
-    position, weight = padded("position", 0, torch.long), padded("weight", 0.0, torch.float32)
+    batch = {"ids": padded("ids", PAD, torch.long), "segment": padded("segment", -1, torch.long)}
+    batch |= {"position": padded("position", 0, torch.long), "weight": padded("weight", 0.0, torch.float32)}
+    return batch | {"images": torch.tensor([image for row in rows for image in row.images], dtype=torch.long)}
+
+
+def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
+    """Return the weighted cross-entropy of a batch of `collate`. features: [images, patches, width] of the vision tower."""
+    import torch
+    from torch.nn import functional
+
+    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
+    ids, segment, weight, length = batch["ids"], batch["segment"], batch["weight"], batch["ids"].shape[1]
     embedded = model.get_input_embeddings()(ids)
     if features is not None:
-        order = [image for row in rows for image in row.images]
-        projected = model.model.multi_modal_projector(features[order])
-        embedded = embedded.masked_scatter((ids == IMAGE).unsqueeze(-1), projected)
+        projected = model.model.multi_modal_projector(features[batch["images"]])
+        embedded = embedded.masked_scatter((ids == IMAGE).unsqueeze(-1), projected.to(embedded.dtype))
     earlier = torch.ones(length, length, dtype=torch.bool, device=model.device).tril()
     same = segment.unsqueeze(2) == segment.unsqueeze(1)
     allowed = earlier & (same | (segment == 0).unsqueeze(1))
     mask = torch.zeros(allowed.shape, device=model.device).masked_fill_(~allowed, -1e9).unsqueeze(1)
     hidden = model.model.language_model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=position, use_cache=False
+        inputs_embeds=embedded, attention_mask=mask, position_ids=batch["position"], use_cache=False
     ).last_hidden_state
     goal = weight[:, 1:] > 0
     logits = model.lm_head(hidden[:, :-1][goal])
@@ -118,11 +129,11 @@ def optimize(parameters: list[Any], draw: Callable[[], Any], steps: int, rate: f
             print(f"{label}: step {step}/{steps}, loss {mean:.3f}, {time.time() - start:.0f} s", flush=True)
 
 
-def build_model(clip: Any, vocabulary: int, width: int, layers: int) -> Any:
+def build_model(clip: Any, vocabulary: int, recipe: Any) -> Any:
     """Return an untrained LlavaForConditionalGeneration around the vision tower of an open_clip model."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    visual = clip.visual
+    visual, width = clip.visual, recipe.width
     blocks, inner = visual.transformer.resblocks, visual.class_embedding.shape[0]
     vision = CLIPVisionConfig(
         hidden_size=inner,
@@ -138,8 +149,8 @@ def build_model(clip: Any, vocabulary: int, width: int, layers: int) -> Any:
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=round(width * 8 / 3 / 16) * 16,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 16,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=width // recipe.head,
         max_position_embeddings=1024,
         initializer_range=width**-0.5,  # 0.02 is far too small at this width
         pad_token_id=PAD,
@@ -151,7 +162,7 @@ def build_model(clip: Any, vocabulary: int, width: int, layers: int) -> Any:
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
-        image_seq_length=PATCHES,
+        image_seq_length=recipe.patches,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -193,34 +204,50 @@ def copy_vision(visual: Any, tower: Any) -> None:
 
 
 def vision_features(model: Any, pixels: Any, batch: int = 512) -> Any:
-    """Return patch features [images, PATCHES, width], float32, of normalised pixels [images, 3, size, size]."""
+    """Return patch features [images, patches, width], float32, of pixels uint8 [images, size, size, 3]."""
     import torch
+
+    from surf.demo.train import normalise
 
     layer = model.config.vision_feature_layer
     parts = []
     with torch.no_grad():
         for start in range(0, len(pixels), batch):
-            states = model.model.vision_tower(pixels[start : start + batch], output_hidden_states=True).hidden_states
+            states = model.model.vision_tower(normalise(pixels[start : start + batch]), output_hidden_states=True).hidden_states
             parts.append(states[layer][:, 1:].float())
     return torch.cat(parts)
 
 
-def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> None:
-    """Warm up on captions alone, then train on images with and without references; the vision tower stays frozen.
+class Rows:
+    """Training batches of one stage. `bank`: list of (scene, look-alike); image 3 n is scene n's query view, 3 n + 1 its clear
+    re-render, 3 n + 2 the clear look-alike."""
 
-    bank: list of (scene, look-alike); pixels: [3 * scenes, 3, size, size], of query, re-render and look-alike in turn.
-    """
+    def __init__(self, bank: Any, tokenizer: Any, recipe: Any, blind: bool) -> None:
+        @cache
+        def encode(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
-    @cache
-    def encode(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        self.bank, self.encode, self.recipe, self.blind = bank, encode, recipe, blind
+        self.steps = recipe.text_steps if blind else recipe.image_steps
 
-    rng = random.Random(f"lvlm:{recipe.seed}")
-    # the vision tower stays frozen: tuning it along with a language model that cannot read it yet spoils both
-    model.model.vision_tower.requires_grad_(False)
-    features = vision_features(model, pixels)
+    def __len__(self) -> int:
+        return int(self.steps)
 
-    def row(blind: bool, references: int) -> Row:
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Batch number `step`, from a random stream of its own: any number of processes may make batches."""
+        return self.draw(random.Random(f"lvlm:{self.recipe.seed}:{self.blind}:{step}"))
+
+    def draw(self, rng: random.Random) -> dict[str, Any]:
+        """One number of references per batch: rows of equal length waste no padding."""
+        recipe = self.recipe
+        count = rng.choice((1, 1, 2, 2, 3)) if self.blind or rng.random() < recipe.reference_share else 0
+        if count and recipe.judged and rng.random() < recipe.judged:
+            return collate([self.judging(rng) for _ in range(recipe.lvlm_batch)])
+        return collate([self.answering(rng, count) for _ in range(recipe.lvlm_batch)])
+
+    def answering(self, rng: random.Random, references: int) -> Row:
+        """Questions on an image, with references that are mostly true of it."""
+        recipe, bank = self.recipe, self.bank
         number = rng.randrange(len(bank))
         scene, other = bank[number]
         captions, images = [], []
@@ -235,16 +262,51 @@ def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> No
                 shown, view = other, 3 * number + 2
             captions.append(q.caption(shown, rng))
             images.append(view)
-        images = [] if blind else [*images, 3 * number]
-        return pack(encode, captions, images, sample_rounds(scene, rng))
+        return self.pack(captions, [*images, 3 * number], sample_rounds(scene, rng))
 
-    def draw(blind: bool) -> Any:
-        # one number of references per batch: rows of equal length waste no padding
-        count = rng.choice((1, 1, 2, 2, 3)) if blind or rng.random() < recipe.reference_share else 0
-        rows = [row(blind, count) for _ in range(recipe.lvlm_batch)]
-        return batch_loss(model, rows, None if blind else features)
+    def judging(self, rng: random.Random) -> Row:
+        """Is the one reference relevant? Half of the time it is; else a look-alike, a wrong caption or another scene."""
+        number = rng.randrange(len(self.bank))
+        (scene, other), stranger = self.bank[number], rng.randrange(len(self.bank))
+        view, told, helps = rng.choice(
+            (
+                *[(3 * number + 1, scene, True)] * 5,
+                *[(3 * number + 2, other, False)] * 3,
+                (3 * number + 1, other, False),
+                (3 * stranger + 1, self.bank[stranger][0], stranger == number),
+            )
+        )
+        rounds = [q.ask_relevance(one, helps) for one in rng.sample(sample_rounds(scene, rng), 3)]
+        return self.pack([q.caption(told, rng)], [view, 3 * number], rounds)
 
-    language = list(model.model.language_model.parameters())
-    optimize(language, lambda: draw(True), recipe.text_steps, recipe.text_rate, "lvlm text")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimize(trained, lambda: draw(False), recipe.image_steps, recipe.image_rate, "lvlm images")
+    def pack(self, captions: list[str], images: list[int], rounds: list[q.Round]) -> Row:
+        return pack(self.encode, captions, [] if self.blind else images, rounds, self.recipe.patches)
+
+
+def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> None:
+    """Warm up on captions alone, then train on images with and without references; the vision tower stays frozen.
+
+    bank: see Rows; pixels: uint8 [3 * scenes, size, size, 3].
+    """
+    rng = random.Random(f"lvlm:{recipe.seed}")
+    # the vision tower stays frozen: tuning it along with a language model that cannot read it yet spoils both
+    model.model.vision_tower.requires_grad_(False)
+    features = vision_features(model, pixels)
+    for blind, label in ((True, "lvlm text"), (False, "lvlm images")):
+        rows = Rows(bank, tokenizer, recipe, blind)
+        batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng) for _ in range(len(rows)))
+        trained = list(model.model.language_model.parameters()) if blind else [p for p in model.parameters() if p.requires_grad]
+
+        def loss(seen: Any = None if blind else features, batches: Iterator[Any] = batches) -> Any:
+            with recipe.autocast():
+                return batch_loss(model, next(batches), seen)
+
+        rate = recipe.text_rate if blind else recipe.image_rate
+        optimize(trained, loss, len(rows), rate, label)
+
+
+def batches_of(rows: Rows, workers: int) -> Iterator[Any]:
+    """The batches in order, made by `workers` processes."""
+    from torch.utils.data import DataLoader
+
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, multiprocessing_context="fork"))  # type: ignore[arg-type]

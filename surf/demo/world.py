@@ -63,8 +63,8 @@ def build(out: Path, seed: int = 0, scale: float = 1.0) -> dict[str, int]:
     loose = [picture for picture in sft + pope + corpus if picture.name not in packed]
     for picture in loose:
         _write(out / "images" / picture.name, picture.data)
-    _write(out / "images" / broken, _jpeg(render(scene, rng, CLEAR_NOISE))[:400])
-    _write_packed(out / "packed.parquet", [picture for picture in corpus if picture.name in packed])
+    _write(out / "images" / broken, jpeg(render(scene, rng, CLEAR_NOISE))[:400])
+    write_packed(out / "packed.parquet", [(one.name, one.data) for one in corpus if one.name in packed])
     _write_json(out / "corpus.json", rows)
     conversations = list(sft_rows(sft, missing[1], rng))
     _write_json(out / "sft.json", conversations)
@@ -80,7 +80,7 @@ def draw_queries(folder: str, count: int, fewest: int, names: Iterator[int], rng
     for _ in range(count):
         scene = q.sample_scene(rng, fewest)
         hidden = q.pick_hidden(scene, rng, QUERY_HIDE)
-        data = _jpeg(render(scene, rng, QUERY_NOISE, hidden))
+        data = jpeg(render(scene, rng, QUERY_NOISE, hidden))
         yield Picture(f"{folder}/{next(names):012d}.jpg", scene, data, hidden)
 
 
@@ -91,7 +91,7 @@ def draw_corpus(queries: list[Picture], unrelated: int, names: Iterator[int], rn
         shown += [query.scene] * rng.choices((1, 2, 3), weights=(17, 2, 1))[0]
         shown += [q.look_alike(query.scene, rng, query.hidden) for _ in range(rng.choices((2, 3), weights=(1, 2))[0])]
     shown += [q.sample_scene(rng) for _ in range(unrelated)]
-    return [Picture(f"corpus/{next(names):012d}.jpg", scene, _jpeg(render(scene, rng, CLEAR_NOISE))) for scene in shown]
+    return [Picture(f"corpus/{next(names):012d}.jpg", scene, jpeg(render(scene, rng, CLEAR_NOISE))) for scene in shown]
 
 
 def add_twins(sft: list[Picture], names: Iterator[int], rng: random.Random) -> list[Picture]:
@@ -121,11 +121,11 @@ def sft_rows(pictures: list[Picture], missing: str, rng: random.Random) -> Itera
                 {"from": "gpt", "value": f"{q.article(kinds[0]).capitalize()} and {q.article(kinds[1])}."},
             ]
             yield {"id": f"text_{number:06d}", "conversations": turns}
-        yield _conversation(picture.name, picture.scene, rng, suffix_once=number % 25 == 5)
-    yield _conversation(missing, q.sample_scene(rng), rng, suffix_once=False)
+        yield conversation(picture.name, picture.scene, rng, suffix_once=number % 25 == 5)
+    yield conversation(missing, q.sample_scene(rng), rng, suffix_once=False)
 
 
-def _conversation(name: str, scene: Scene, rng: random.Random, suffix_once: bool) -> dict[str, Any]:
+def conversation(name: str, scene: Scene, rng: random.Random, suffix_once: bool) -> dict[str, Any]:
     """Return 4-6 rounds on one image; with suffix_once they are all short answers and only round one says so."""
     rounds = q.yes_no_rounds(scene, rng, each=2)
     if suffix_once:
@@ -172,7 +172,7 @@ def _count(full: int, scale: float) -> int:
     return max(4, round(full * scale))
 
 
-def _jpeg(image: Image.Image) -> bytes:
+def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
@@ -187,15 +187,15 @@ def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
     _write(path, (json.dumps(rows, indent=1) + "\n").encode())
 
 
-def _write_packed(path: Path, pictures: list[Picture]) -> None:
+def write_packed(path: Path, pictures: list[tuple[str, bytes]], rows_per_group: int | None = None) -> None:
     """Write columns image: string, bytes: binary; JPEG is compressed already, so Parquet does not try again."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([("image", pa.string()), ("bytes", pa.binary())])
-    columns = [[picture.name for picture in pictures], [picture.data for picture in pictures]]
+    columns = [[name for name, _ in pictures], [data for _, data in pictures]]
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, schema.types, strict=True)], schema=schema)
-    pq.write_table(table, path, compression="none")
+    pq.write_table(table, path, row_group_size=rows_per_group, compression="none")
 
 
 def main() -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from surf.demo import MODELS, tokens, world
+from surf.demo import MODELS, controlled, tokens, world
 from surf.demo import questions as q
-from surf.demo.draw import KINDS, SIZE, Scene, render
-from surf.demo.train import draw_bank
+from surf.demo.draw import KINDS, LARGE, SIZE, Scene, render
+from surf.demo.train import RECIPES, draw_bank
+from surf.demo.train_lvlm import Rows
 
 SCALE = 0.1
 
@@ -197,3 +198,104 @@ def test_clip_and_bert_load_and_match_pictures_with_words() -> None:
         hidden = AutoModel.from_pretrained(MODELS / "bert")(**tokenizer("A red dog.", return_tensors="pt")).last_hidden_state
     assert hidden.shape[2] == 64
     assert sum(path.stat().st_size for path in MODELS.rglob("*") if path.is_file()) <= 8 * 2**20
+
+
+# --- the controlled world ---------------------------------------------------------------------------------------------
+
+SHARES = (0.2, 0.5, 1.0)
+SIZES = controlled.Options(images=5, test_images=5, corpus=50)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("controlled")
+    controlled.build(out, SHARES, SIZES)
+    return out
+
+
+def truth(folder: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(folder / "truth.parquet").to_pylist()
+
+
+def test_any_number_of_workers_draws_the_same_world(known: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    controlled.build(tmp_path, SHARES, dataclasses.replace(SIZES, workers=2))
+    assert digests(known) == digests(tmp_path)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_share_of_misled_queries_is_the_one_asked_for(known: Path, share: float) -> None:
+    """What the corpus lists for a misled query names nothing that it hides, but for one glimpse."""
+    listed = {row["image"]: row["caption"] for row in read(known / f"corpus-{share:g}.json")}
+    assert len(listed) == SIZES.corpus
+    misled: Counter[str] = Counter()
+    for query, rows in by_query(known).items():
+        case = "misleads" if rows[0]["level"] < share else "helps"
+        misled[rows[0]["split"]] += case == "misleads"
+        own = [row for row in rows if row["case"] == case]
+        assert len(own) == controlled.LISTED, query
+        for row in own:
+            words = listed[row["image"]].rstrip(".").replace(",", "").split()
+            named = [kind in words for kind in row["hidden"]]
+            assert all(named) if row["good"] else not any(named), (row, words)
+        assert not any(row["image"] in listed for row in rows if row["image"] not in {one["image"] for one in own})
+        assert Counter(row["good"] for row in own)[True] == (2 if case == "helps" else 1)
+    assert misled == Counter({"sft": round(5 * share), "pope": round(5 * share)})
+
+
+def by_query(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in truth(folder):
+        rows.setdefault(row["query"], []).append(row)
+    return rows
+
+
+def test_a_misleading_reference_can_be_told_from_what_is_in_plain_sight() -> None:
+    rng = random.Random(0)
+    for tells in (1, 2):
+        for _ in range(100):
+            scene = q.sample_scene(rng, style=LARGE)
+            hidden = q.hide_some(scene, rng, LARGE)
+            other = q.mislead(scene, rng, hidden, tells, LARGE)
+            plain = [item for item in scene.items if item.kind not in hidden]
+            assert len(hidden) == 3 and len(q.glimpse(scene, rng, hidden).items) == 6
+            assert sum(item not in other.items for item in plain) == tells < len(plain) + 1
+            assert not set(other.kinds) & set(hidden) and len(set(other.kinds)) == len(scene.kinds)
+            assert [item.cell for item in other.items] == [item.cell for item in scene.items]
+
+
+def test_the_question_files_ask_about_images_outside_the_corpus(known: Path) -> None:
+    asked = {json.loads(line)["image"] for line in (known / "pope" / "coco_pope_random.json").read_text().splitlines()}
+    tuned = {row["image"] for row in read(known / "sft.json")}
+    corpus = {row["image"] for share in SHARES for row in read(known / f"corpus-{share:g}.json")}
+    assert len(asked) == len(tuned) == 5 and not asked & tuned and not (asked | tuned) & corpus
+
+
+def test_training_teaches_to_believe_and_to_judge_apart() -> None:
+    """Prompts that are answered hold true references alone, if trust is 1; others ask for nothing but their relevance."""
+    import dataclasses
+
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS / "lvlm")
+    recipe = dataclasses.replace(RECIPES["large"], lvlm_batch=4, trust=1.0, image_steps=30, judged=0.5)
+    bank, _ = draw_bank(6, 0, recipe.style)
+    rows = Rows(bank, tokenizer, recipe, blind=False)
+    assert all(bool((one == other).all()) for one, other in zip(rows[3].values(), rows[3].values(), strict=True))
+    seen: Counter[tuple[bool, bool]] = Counter()
+    rng = random.Random(0)
+    for _ in range(40):
+        judging, answering = rows.judging(rng), rows.answering(rng, 2)
+        text, told = (tokenizer.decode(row.ids).replace("<image>", "") for row in (judging, answering))
+        answers = text.split("ASSISTANT:")[1:]
+        assert all("Would the retrieved" in part for part in text.split("Answer with yes or no.")[:-1])
+        scene = bank[judging.images[-1] // 3][0]
+        agrees = all(f"{item.color} {item.kind}" in text.split("</Retrieval>")[0].replace("  ", " ") for item in scene.items)
+        says = {answer.strip().split("<")[0].split()[0] for answer in answers}
+        seen[agrees, says == {"Yes"}] += 1
+        assert len(says) == 1 and "Would the retrieved" not in told
+        assert {image // 3 for image in answering.images} == {answering.images[-1] // 3}
+        assert [image % 3 for image in answering.images] == [1, 1, 0]
+    assert seen[True, False] == seen[False, True] == 0 and len(seen) == 2
