@@ -42,16 +42,4 @@ include: "rules/training.smk"
 include: "rules/evaluate.smk"
 include: "rules/evidence.smk"
 include: "rules/targets.smk"
-
-
-onstart:
-    check_sources()
-    check_leftovers()
-
-
-onsuccess:
-    sweep()
-
-
-onerror:
-    summary.show(log)
+include: "rules/run.smk"

@@ -1,36 +1,7 @@
-# Functions that single rules need: checks before the first job, resources and inputs that follow from the config.
+# Functions that single rules need: resources and inputs that follow from the config.
 import json
 
-from surf import summary
 from surf.tasks import KINDS
-
-
-def check_sources():
-    """Before the first job: name every file that the user still has to bring. `check` does so itself."""
-    if set(workflow.dag_settings.targets) == {"check"}:
-        return
-    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.images.roots]
-    paths += [path for task in cfg.evaluate.tasks.values() for path in task.files.values()]
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing and not cfg.demo:
-        lines = "\n  ".join(missing)
-        raise WorkflowError(
-            f"these files are named in the config but are not there:\n  {lines}\nnext: see docs/data.md"
-        )
-
-
-def check_leftovers():
-    """Before the first job: jobs that a killed run left in the queue would do the work a second time."""
-    if workflow.executor_plugin.name == "slurm" and (left := summary.leftovers(Path(workflow.workdir_init))):
-        raise WorkflowError(left)
-
-
-def sweep():
-    """After a run: saved rows of finished parts, and what killed writers left, are no longer needed."""
-    from surf import store  # only here: it loads pyarrow
-
-    if count := store.sweep(Path(RESULTS)):
-        print(f"{count} files of killed jobs were removed from {RESULTS}", file=sys.stderr)
 
 
 def training_resources(processes):

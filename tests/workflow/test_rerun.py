@@ -50,14 +50,14 @@ def test_answer_temperature(finished):
     rules = changed(finished, answer={"temperature": 0.5})
     assert rules == {"answer", "score", "reanswer", "pair"} | TUNED
     plan = finished.plan(config={"answer": {"temperature": 0.5}})
-    assert plan["evaluate_answer"] == 4, "only the tuned models' answers"
+    assert plan["evaluate_answer"] == 5, "only the tuned models' answers"
 
 
 def test_embed_model(finished):
     rules = changed(finished, embed={"model": "ViT-B-32", "pretrained": "openai"})
     assert {"embed", "build_index", "retrieve", "evaluate_retrieve", "evaluate_candidates", "reanswer"} <= rules
     assert not rules & {"catalog", "split", "answer"}
-    assert finished.plan(config={"embed": {"model": "ViT-B-32", "pretrained": "openai"}})["evaluate_answer"] == 5
+    assert finished.plan(config={"embed": {"model": "ViT-B-32", "pretrained": "openai"}})["evaluate_answer"] == 6
 
 
 def test_pair_samples(finished):

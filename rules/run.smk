@@ -1,0 +1,43 @@
+# What happens before the first job, after the last, and when one has failed.
+from surf import summary
+
+
+def check_sources():
+    """Before the first job: name every file that the user still has to bring. `check` does so itself."""
+    if set(workflow.dag_settings.targets) == {"check"}:
+        return
+    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.images.roots]
+    paths += [path for task in cfg.evaluate.tasks.values() for path in task.files.values()]
+    missing = [path for path in paths if not Path(path).exists()]
+    if missing and not cfg.demo:
+        lines = "\n  ".join(missing)
+        raise WorkflowError(
+            f"these files are named in the config but are not there:\n  {lines}\nnext: see docs/data.md"
+        )
+
+
+def check_leftovers():
+    """Before the first job: jobs that a killed run left in the queue would do the work a second time."""
+    if workflow.executor_plugin.name == "slurm" and (left := summary.leftovers(Path(workflow.workdir_init))):
+        raise WorkflowError(left)
+
+
+def sweep():
+    """After a run: saved rows of finished parts, and what killed writers left, are no longer needed."""
+    from surf import store  # only here: it loads pyarrow
+
+    if count := store.sweep(Path(RESULTS)):
+        print(f"{count} files of killed jobs were removed from {RESULTS}", file=sys.stderr)
+
+
+onstart:
+    check_sources()
+    check_leftovers()
+
+
+onsuccess:
+    sweep()
+
+
+onerror:
+    summary.show(log)
