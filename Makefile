@@ -9,7 +9,7 @@ example: .venv/installed ## the whole pipeline on the embedded world; then open 
 	$(BIN)/snakemake --profile profiles/local --resources gpu=2
 
 test: .venv/installed-dev lint ## everything that CI runs
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

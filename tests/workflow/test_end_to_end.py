@@ -9,6 +9,7 @@ from flow import ROOT, Workflow
 from surf import store
 from surf.schemas import SCHEMAS
 
+pytestmark = pytest.mark.timeout(1800)  # the whole example
 PROFILE = ["--profile", "profiles/local", "--resources", "gpu=2"]
 METHODS = ("zero-shot", "vanilla-rag", "rerank-rag", "surf")  # the others differ by what unit tests look at
 SHARDED = ["catalog", "embeddings", "rounds", "answers", "neighbors", "reanswers", "scores/answers", "scores/reanswers"]
@@ -183,6 +184,3 @@ def test_five_shards_give_the_same_pairs_and_the_same_answers(finished, tmp_path
         tables = [store.rows(store.read_table(folder / dataset / "_manifest.json", dataset)) for folder in (ours, theirs)]
         tables = [sorted(rows, key=lambda row: (str(next(iter(row.values()))), row["rank"])) for rows in tables]
         assert tables[0] == tables[1]
-    other.run("pope", *PROFILE, "--config", 'shards={"corpus": 5, "rounds": 5}')
-    for path in sorted((ours / "evaluate").rglob("*.parquet")):
-        assert path.read_bytes() == (theirs / path.relative_to(ours)).read_bytes(), path
