@@ -87,7 +87,7 @@ def answer_flags(wildcards):
     words = []
     for name, paths in answer_inputs(wildcards).items():
         value = paths if isinstance(paths, str) else " ".join(paths)
-        words.append(f"--{name} {value.removesuffix('/model.json')}")
+        words.append(f"--{name} {Path(value).parent if name == 'model' else value}")
     return " ".join(words)
 
 

@@ -53,8 +53,12 @@ class Example:
         config["images"]["max_bad_share"] = 0.6  # one image is missing already, and one more will be
         config["finetune"] |= {"save_steps": 1, "epochs": 1, "batch_size": 2}
         config["pair"]["samples"] = 64
-        config["pope"]["questions"] = {"random": config["pope"]["questions"]["random"]}
-        config["pope"]["suffix"] = " Answer with a single word."  # one line, as `jobs` reads commands
+        config["variants"], evaluate = {}, config["evaluate"]
+        pope = evaluate["tasks"]["pope"]
+        pope["files"] = {"random": pope["files"]["random"]}
+        pope["suffix"] = " Answer with a single word."  # one line, as `jobs` reads commands
+        evaluate["methods"] = {name: evaluate["methods"][name] for name in ("zero-shot", "vanilla-rag", "rerank-rag", "surf")}
+        evaluate["sweeps"] = {}
         (folder / CONFIG).write_text(yaml.safe_dump(config))
         return self
 

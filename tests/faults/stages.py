@@ -29,7 +29,7 @@ from surf import cli, store
 
 SIGNALS = {"SIGKILL": 4, "SIGTERM": 2, "SIGUSR1": 2, "SIGINT": 2}  # how often each is drawn
 SLACK = 4096  # bytes that a full disk still has
-RESUMING = ("embed", "answer", "reanswer", "pope_answer")
+RESUMING = ("embed", "answer", "reanswer", "evaluate_answer")
 
 
 class Runner:
@@ -182,7 +182,8 @@ class Runner:
             os.killpg(pid, signal.SIGKILL)
         self.wait(pid, 60)
         name = Path(job.output)
-        pieces = sorted((self.example.folder / name.parent / "_partial" / name.stem).rglob("[!.]*.parquet"))
+        saved = self.example.folder / name.parent / "_partial"  # a job of `evaluate_answer` writes several parts
+        pieces = sorted((saved if name.suffix == ".json" else saved / name.stem).rglob("[!.]*.parquet"))
         if pieces:
             piece = self.draw.choice(pieces)
             os.truncate(piece, self.draw.randrange(piece.stat().st_size))
@@ -324,12 +325,8 @@ def _remount(folder: Path, size: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{size}", str(folder)], check=True)
 
 
-def preload(rules: set[str]) -> None:
-    """Load once what these stages load, but nothing of surf, which runs as a program."""
-    if rules & {"embed", "retrieve", "build_index"}:
-        pass
-    if rules & {"pope", "report"}:
-        pass
+def preload() -> None:
+    """Load once what most stages load, but nothing of surf, which runs as a program."""
     import transformers.models.clip.modeling_clip
     import transformers.models.llava.modeling_llava  # noqa: F401
 
@@ -338,7 +335,7 @@ def main() -> None:
     """As a program: read a task as JSON from stdin, print what came of it as JSON in the last line."""
     task = json.load(sys.stdin)
     example, jobs = Example(Path(task.pop("folder"))), [Job(*job) for job in task.pop("jobs")]
-    preload({job.rule for job in jobs})
+    preload()
     print(json.dumps(run(example, jobs, **task)))
 
 

@@ -16,7 +16,13 @@ from small import SNAKEMAKE, Example
 PROGRAM = [sys.executable, "-m", "snakemake"]
 TARGETS = {"stage": 6, "job": 2, "snakemake": 2, "ctrl-c": 1}  # how often each is struck
 PAUSE = 8.0  # mean seconds between two strikes
-RULES = {"pope answer": "pope_answer", "pope questions": "pope_questions", "pope table": "pope", "demo.world": "demo"}
+RULES = {
+    "evaluate answer": "evaluate_answer",
+    "evaluate questions": "evaluate_questions",
+    "candidates": "evaluate_candidates",
+    "pope table": "pope",
+    "demo.world": "demo",
+}
 
 
 class Attacked:
@@ -131,10 +137,10 @@ def rule_of(words: list[str]) -> str:
     if not module.startswith("surf."):
         return ""
     name = module.removeprefix("surf.")
-    if name == "pope":
-        name = f"pope {words[words.index('-m') + 2]}"
-    if "pope/questions" in words and name == "retrieve":
-        return "pope_retrieve"
+    if name in ("evaluate", "pope"):
+        name = f"{name} {words[words.index('-m') + 2]}"
+    if "evaluate/questions" in words and name == "retrieve":
+        return "evaluate_retrieve"
     return RULES.get(name, name)
 
 
