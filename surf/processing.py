@@ -4,6 +4,7 @@ The original resized and cropped images when it answered but padded them to squa
 `encode`. How many tokens an image takes is the processor's business alone: it is asked, with a blank image of the same size.
 """
 
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,9 @@ from surf.errors import SurfError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# A fast tokenizer keeps its padding as a state, which another thread's call would change between two steps of this one's.
+_TOKENIZER = threading.Lock()
 
 
 def load_processor(lvlm: Lvlm) -> Any:
@@ -95,14 +99,24 @@ def encode(
         if tags != len(own):
             raise SurfError(f"a text has {tags} image tags for {len(own)} images", where=repr(text[-80:]))
     opened = [[squared(processor, image, lvlm) for image in own] for own in images]
-    return processor(
-        text=list(texts),
-        images=opened if any(opened) else None,  # nested: some models treat several images of one text in another way
-        padding=True,
-        padding_side=padding_side,
-        add_special_tokens=_lacks_bos(processor, texts),
-        return_tensors="pt",
-    )
+    with _TOKENIZER:
+        return processor(
+            text=list(texts),
+            images=opened if any(opened) else None,  # nested: some models treat several images of one text in another way
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=_lacks_bos(processor, texts),
+            return_tensors="pt",
+        )
+
+
+def pixels(processor: Any, image: "Image", lvlm: Lvlm) -> Any:
+    """What `encode` makes of one image, where the processor makes one tensor of each: float32 [3, height, width].
+
+    No tokenizer takes part, so threads may call it side by side.
+    """
+    made = processor.image_processor(images=[squared(processor, image, lvlm)], return_tensors="pt")
+    return made["pixel_values"][0]
 
 
 def squared(processor: Any, image: "Image", lvlm: Lvlm) -> "Image":
@@ -148,27 +162,29 @@ def _stand_in(processor: Any, width: int, height: int, alone: bool) -> str:
 
     blanks = [Image.new("RGB", (width, height))] * (1 if alone else 2)
     text = processor.image_token * len(blanks)
-    made = processor(text=[text], images=[blanks], return_text_replacement_offsets=True)
+    with _TOKENIZER:
+        made = processor(text=[text], images=[blanks], return_text_replacement_offsets=True)
     return str(made["text_replacement_offsets"][0][0]["replacement"])
 
 
 @lru_cache(maxsize=100_000)
 def _count(processor: Any, width: int, height: int, alone: bool) -> int:
     text = _stand_in(processor, width, height, alone)
-    return len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    with _TOKENIZER:
+        return len(processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def token_ids(processor: Any, text: str) -> list[int]:
     """Token ids of a rendered chat, as `encode` makes them, but with one token for each image."""
-    ids = processor.tokenizer(text, add_special_tokens=_lacks_bos(processor, [text]), verbose=False)["input_ids"]
-    return list(ids)
+    return tokens(processor, [text])[0]
 
 
 def tokens(processor: Any, texts: Sequence[str]) -> list[list[int]]:
     """`token_ids` of many texts at once, which takes less time."""
     if not texts:
         return []
-    made = processor.tokenizer(list(texts), add_special_tokens=_lacks_bos(processor, texts), verbose=False)
+    with _TOKENIZER:
+        made = processor.tokenizer(list(texts), add_special_tokens=_lacks_bos(processor, texts), verbose=False)
     return [list(ids) for ids in made["input_ids"]]
 
 

@@ -250,9 +250,7 @@ class Shared:
 
     def _pixels(self, name: str) -> Any:
         """[3, height, width] of one image, as the processor makes them."""
-        image = [[self.images.open(name)]]
-        made = processing.encode(self.processor, [self.processor.image_token], image, padding_side="right", lvlm=self.options)
-        return made["pixel_values"][0].to(self.model.dtype)
+        return processing.pixels(self.processor, self.images.open(name), self.options).to(self.model.dtype)
 
     @contextmanager
     def _clock(self, what: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -239,3 +240,25 @@ def test_processor_that_cannot_be_used(lvlm, tmp_path):
 def test_image_tokens(processor, lvlm):
     assert processing.image_tokens(processor, lvlm) == 4
     assert processing.image_tokens(processor, lvlm.model_copy(update={"pad_to_square": False})) == 4
+
+
+def test_threads_that_encode_do_not_pad_each_others_tokens(processor, lvlm):
+    """A fast tokenizer keeps its padding as a state: answers were asked with padding in them."""
+    texts = ["USER: <image>\nWhat? ASSISTANT:", "USER: <image>\nWhat is it, and how many of them are there? ASSISTANT:"]
+    image = Image.new("RGB", (40, 40))
+    expected = processing.tokens(processor, texts)
+
+    def encode(_):
+        return processing.encode(processor, texts, [[image], [image]], padding_side="right", lvlm=lvlm)["input_ids"].tolist()
+
+    padded = encode(0)
+    with ThreadPoolExecutor(4) as threads:
+        encoded = threads.map(encode, range(80))
+        assert all(processing.tokens(processor, texts) == expected for _ in range(800))
+        assert all(ids == padded for ids in encoded)
+
+
+def test_pixels_alone_are_those_of_encode(processor, lvlm):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8))
+    whole = processing.encode(processor, [processor.image_token], [[image]], padding_side="right", lvlm=lvlm)
+    assert (processing.pixels(processor, image, lvlm) == whole["pixel_values"][0]).all()
