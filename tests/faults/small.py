@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from surf import store
+from surf.errors import SurfError
 from surf.schemas import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,10 +80,9 @@ class Example:
         for path in self.results.rglob("_partial/*/*/[!.]*.parquet"):
             if path not in self._rows:
                 try:
-                    table = pq.read_table(path, partitioning=None)
-                except (OSError, pa.ArrowException):  # gone, or truncated on purpose
+                    table, keys = pq.read_table(path, partitioning=None), KEYS[store.footer(path)[1]["dataset"]]
+                except (OSError, pa.ArrowException, SurfError):  # gone by now, or truncated on purpose
                     continue
-                keys = KEYS[store.footer(path)[1]["dataset"]]
                 self._rows[path] = Counter(map(str, table.select(keys).to_pylist()))
 
     def saved(self, part: Path) -> set[str]:
