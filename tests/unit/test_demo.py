@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from surf import config, prompts
 from surf.demo import MODELS, controlled, tokens, world
 from surf.demo import questions as q
 from surf.demo.draw import KINDS, LARGE, SIZE, Scene, render
@@ -299,3 +300,8 @@ def test_training_teaches_to_believe_and_to_judge_apart() -> None:
         assert {image // 3 for image in answering.images} == {answering.images[-1] // 3}
         assert [image % 3 for image in answering.images] == [1, 1, 0]
     assert seen[True, False] == seen[False, True] == 0 and len(seen) == 2
+
+
+def test_the_large_model_learns_to_judge_in_the_words_of_evaluation() -> None:
+    asked = prompts.relevance("What?", "q.png", prompts.Reference("r.png", "a cup"), config.Lvlm())
+    assert asked.text.endswith(q.RELEVANCE.format("What?"))
