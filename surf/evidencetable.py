@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from surf import store
 from surf.intervals import Estimate
 from surf.measures import ALL, BLIND, CHANCE, Run, baselines, random_twin
+from surf.tables import line, percent, save
 
 Row = dict[str, Any]
 Tasks = Mapping[str, tuple[Sequence[Row], Sequence[Run]]]  # task: its questions, its runs
@@ -126,14 +126,13 @@ def markdown(measured: Sequence[Row], tasks: Tasks) -> str:
     for task, found in tables(measured, tasks).items():
         lines += [f"## {task}", ""]
         for table in found:
-            lines += [f"### {table.title}", "", table.about, "", _line(table.head)]
-            lines += [_line(["---", *["---:"] * (len(table.head) - 1)]), *map(_line, table.rows), ""]
+            lines += [f"### {table.title}", "", table.about, "", line(table.head)]
+            lines += [line(["---", *["---:"] * (len(table.head) - 1)]), *map(line, table.rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def figure(measured: Sequence[Row], task: str, path: Path) -> None:
     """Score and interval of every method as dots, image-blind and chance as lines, as SVG; equal rows, equal bytes."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -158,17 +157,7 @@ def figure(measured: Sequence[Row], task: str, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         canvas.figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize="small")
-    with matplotlib.rc_context({"svg.hashsalt": "surf", "svg.fonttype": "none"}), store.replacing(path) as temporary:
-        canvas.figure.savefig(temporary, format="svg", metadata={"Date": None})
-
-
-def percent(value: Estimate, *, sign: bool = False) -> str:
-    """87.9 (86.7 to 89.1)"""
-    form = "+.1f" if sign else ".1f"
-    text = format(100 * value.value, form)
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} ({format(100 * value.low, form)} to {format(100 * value.high, form)})"
+    save(canvas, path)
 
 
 def probability(p: float) -> str:
@@ -182,7 +171,3 @@ def _plain(row: Row | None) -> str:
     if row.get("low") is None:
         return f"{row['value']:.3g}"
     return f"{row['value']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

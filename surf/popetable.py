@@ -1,12 +1,13 @@
 """POPE numbers as rows, as Markdown, as plain text and as a picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surf import metrics, store
+from surf import metrics
 from surf.errors import SurfError
 from surf.metrics import HEADLINE, METRICS, RULES, Estimate, Part
+from surf.tables import line, percent, save
 
 BLIND = "image-blind"  # a method of its own: see `metrics.blind`
 MEAN = "mean"  # a split of its own: the plain mean over the splits
@@ -68,23 +69,23 @@ def markdown(rows: Sequence[Row], deltas: Sequence[tuple[str, str, Estimate]] = 
         " no in it; with neither or both it is unparsed and wrong. `image-blind` sees no image: it gives each object the label"
         " that it has most often on the other images.",
         "",
-        _line(["Method", "Split", *(_NAMES[metric] for metric in METRICS)]),
-        _line(["---", "---", *["---:"] * len(METRICS)]),
+        line(["Method", "Split", *(_NAMES[metric] for metric in METRICS)]),
+        line(["---", "---", *["---:"] * len(METRICS)]),
     ]
     for method, split in places:
         values = [cells[method, split, HEADLINE, metric] for metric in METRICS]
-        lines.append(_line([method, split, _with_interval(values[0]), *(_percent(value.value) for value in values[1:])]))
+        lines.append(line([method, split, percent(values[0]), *(_percent(value.value) for value in values[1:])]))
     lines += ["", "## The same answers under five rules", "", "Accuracy / F1. Only the first rule is ours.", ""]
-    lines += [_line(["Method", "Split", *RULES]), _line(["---", "---", *["---:"] * len(RULES)])]
+    lines += [line(["Method", "Split", *RULES]), line(["---", "---", *["---:"] * len(RULES)])]
     for method, split in places:
         if method == BLIND:  # nothing but yes and no: every rule reads it alike
             continue
         both = [[cells[method, split, rule, metric].value for metric in ("accuracy", "f1")] for rule in RULES]
-        lines.append(_line([method, split, *(" / ".join(map(_percent, pair)) for pair in both)]))
+        lines.append(line([method, split, *(" / ".join(map(_percent, pair)) for pair in both)]))
     if deltas:
         lines += ["", "## Differences", "", "Mean accuracy over the splits, in points; paired bootstrap over images.", ""]
-        lines += [_line(["Method", "minus", "Difference"]), _line(["---", "---", "---:"])]
-        lines += [_line([later, earlier, _with_interval(delta, sign=True)]) for later, earlier, delta in deltas]
+        lines += [line(["Method", "minus", "Difference"]), line(["---", "---", "---:"])]
+        lines += [line([later, earlier, percent(delta, sign=True)]) for later, earlier, delta in deltas]
     return "\n".join(lines) + "\n"
 
 
@@ -96,7 +97,7 @@ def plain(rows: Sequence[Row]) -> str:
         if split != MEAN:
             for rule in RULES if method != BLIND else [HEADLINE]:
                 name = BLIND if method == BLIND else rule
-                table.append([name, *(_with_interval(cells[method, split, rule, metric]) for metric in METRICS)])
+                table.append([name, *(percent(cells[method, split, rule, metric]) for metric in METRICS)])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
     return "\n".join(lines) + "\n"
@@ -135,8 +136,7 @@ def figure(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("POPE accuracy (%)")
     axes.spines[["top", "right"]].set_visible(False)
     canvas.figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
-    with matplotlib.rc_context({"svg.hashsalt": "surf", "svg.fonttype": "none"}), store.replacing(path) as temporary:
-        canvas.figure.savefig(temporary, format="svg", metadata={"Date": None})
+    save(canvas, path)
 
 
 def _splits(runs: Runs) -> dict[str, dict[str, Sequence[Row]]]:
@@ -190,15 +190,3 @@ def _reach(value: Estimate, side: str) -> float:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _with_interval(value: Estimate, *, sign: bool = False) -> str:
-    form = "+.1f" if sign else ".1f"
-    text = format(100 * value.value, form)
-    if value.low is None or value.high is None:
-        return text
-    return f"{text} ({format(100 * value.low, form)} to {format(100 * value.high, form)})"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
