@@ -17,7 +17,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,89 +25,15 @@ from typing import Any
 from surf.demo import questions as q
 from surf.demo import tokens
 from surf.demo.draw import KINDS, STYLES, Scene, Style, render
+from surf.demo.recipes import PATCH, RECIPES, Recipe
 from surf.demo.train_lvlm import build_model, optimize, train
 from surf.demo.world import CLEAR_NOISE, QUERY_HIDE, QUERY_NOISE
 
-PATCH = 16  # pixels
 CONTEXT = 48  # CLIP text tokens
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics, as both preprocessors use them
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 Bank = list[tuple[Scene, Scene]]  # of every training scene: itself and its look-alike
-
-
-@dataclass
-class Recipe:
-    """Sizes and lengths of the training run; every field is a flag. The defaults are the embedded example's."""
-
-    size: str = "small"  # key of STYLES
-    seed: int = 0
-    scenes: int = 5000  # training scenes, three images each
-    vision_width: int = 96
-    vision_layers: int = 4
-    vision_head: int = 16
-    text_width: int = 64
-    clip_steps: int = 1200
-    clip_batch: int = 128
-    clip_rate: float = 2e-3
-    width: int = 96
-    layers: int = 3
-    head: int = 16
-    lvlm_batch: int = 12
-    text_steps: int = 300
-    text_rate: float = 2e-3
-    image_steps: int = 1000
-    image_rate: float = 1.5e-3
-    reference_share: float = 0.5  # of the training prompts, with one to three references
-    trust: float = 0.93  # of those references, clear re-renders of the query scene: the model learns to believe them
-    stray: float = 0.0  # of those references, unrelated scenes; the rest are look-alikes
-    judged: float = 0.0  # of the prompts with references, those that only ask whether the one reference is relevant
-    bert_steps: int = 400
-    threads: int = 2
-    workers: int = 0  # processes that draw and lay out training data; 0: this one
-    bf16: bool = False
-    device: str = "cpu"
-
-    @property
-    def style(self) -> Style:
-        return STYLES[self.size]
-
-    @property
-    def patches(self) -> int:
-        """Image tokens of an image."""
-        return (self.style.size // PATCH) ** 2
-
-    def autocast(self) -> Any:
-        """Context in which losses are computed."""
-        import torch
-
-        return torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.bf16)
-
-
-# 24 million parameters in the LLaVA, 5 million of them in its vision tower.
-LARGE = Recipe(
-    size="large",
-    scenes=60_000,
-    vision_width=256,
-    vision_layers=6,
-    vision_head=32,
-    text_width=128,
-    clip_steps=2000,
-    clip_batch=1024,
-    clip_rate=1e-3,
-    width=512,
-    layers=6,
-    head=64,
-    lvlm_batch=128,
-    text_steps=500,
-    text_rate=1e-3,
-    image_steps=3000,
-    image_rate=8e-4,
-    trust=0.97,
-    judged=0.25,
-    bf16=True,
-)
-RECIPES = {"small": Recipe(), "large": LARGE}
 
 
 def draw_bank(scenes: int, seed: int, style: Style = STYLES["small"], workers: int = 0) -> tuple[Bank, Any]:
