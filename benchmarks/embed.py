@@ -1,13 +1,15 @@
 """Embedding end to end: packed JPEG files in, float16 parts out; beside the original's way and a plain use of the libraries.
 
-python benchmarks/embed.py [--images 20000] [--modes off default] [--photographs FOLDER --pretrained openai] [--tiny]
+python benchmarks/embed.py [--images 20000] [--photographs FOLDER --pretrained openai] [--tiny]
 
 The images are drawn: 640x480, quality 90, smooth ground, edges and grain, of the size of COCO's files. The model is ViT-L/14
 with random weights unless --pretrained names some. `--tiny` runs the whole benchmark on a CPU in a minute. The limit is the
-fastest matrix product of this GPU, in the same run, over the model's operations for one image.
+fastest matrix product of this GPU in 16 bits, in the same run, over the model's operations for one image.
 """
 
 import argparse
+import dataclasses
+import functools
 import io
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,14 @@ from surf.models import clip, jpeg
 from surf.telemetry import Meter
 
 DISTINCT = 500  # different drawings; more images repeat them under other names
+WAYS = [  # embed.decode, embed.precision, embed.compile
+    ("exact", "bf16", "off"),
+    ("exact", "bf16", "default"),
+    ("draft", "bf16", "default"),
+    ("gpu", "bf16", "default"),
+    ("draft", "fp8", "default"),
+    ("gpu", "fp8", "default"),
+]
 TINY = "local-dir:surf/demo/models/clip"
 
 
@@ -36,16 +46,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--precision", default="bf16")
     parser.add_argument("--model", default="ViT-L-14-quickgelu")
     parser.add_argument("--pretrained")
-    parser.add_argument("--modes", nargs="+", default=["off", "default"], help="embed.compile")
     parser.add_argument("--original", type=int, default=8, help="images that the original's way embeds")
     parser.add_argument("--photographs", type=Path, help="folder with JPEG files for the comparison of the pixels")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     if args.tiny:
-        args.images, args.batch_size, args.workers, args.model, args.precision = 256, 32, 2, TINY, "fp32"
+        args.images, args.batch_size, args.workers, args.model = 256, 32, 2, TINY
     import torch
 
     with TemporaryDirectory() as folder:
@@ -54,37 +62,38 @@ def main() -> None:
         images = Images([str(file)])
         catalog = store.table_of([{"image_id": i, "image": name(i), "caption": "x"} for i in range(args.images)], "catalog")
 
-        def options(**more: Any) -> config.Embed:
-            words = {key: getattr(args, key) for key in ("model", "pretrained", "precision", "batch_size", "workers")}
-            return config.Embed(**words | more)
+        def options(decode: str, precision: str, compile: str) -> config.Embed:
+            words = {key: getattr(args, key) for key in ("model", "pretrained", "batch_size", "workers")}
+            return config.Embed(**words, decode=decode, precision=precision, compile=compile)
 
-        torch.manual_seed(0)
-        flop = operations(clip.load(options(precision="fp32"), images))
-        limit = tensor_flops(args.precision) / flop
-        kind = f"{args.model.split('/')[-1]}, {flop / 1e9:.1f} GFLOP an image, {args.precision}, batch {args.batch_size}"
-        print(f"{common.machine()}\n{kind}; JPEG files of {size[0]}x{size[1]}, {mean / 1000:.0f} KB on average\n")
-        rows = [
-            line(
-                "the original: one image, Pillow, CPU, fp32", *original(options(precision="fp32"), images, args.original), limit
-            )
-        ]
-        rows.append(line("plain: DataLoader, eager", *plain(options(), images, args), limit))
-        for decode in ("exact", "fast"):
-            for mode in args.modes:
-                encoder = clip.load(options(decode=decode, compile=mode), images)
-                encoder.encode([name(i) for i in range(min(args.images, 2 * args.batch_size))])  # compiles
-                encoder.meter = Meter()
-                out = Path(folder) / f"{decode}-{mode}" / "part-00000-of-00001.parquet"
-                seconds = end_to_end(encoder, catalog, out)
-                shares = encoder.meter.shares(seconds)
-                busy = ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
-                rows.append(line(f"surf, decode {decode}, compile {mode}", args.images, seconds, limit, busy))
+        @functools.cache
+        def encoder(*way: str) -> clip.Clip:
+            torch.manual_seed(0)
+            return clip.load(options(*way), images)
+
+        flop = operations(encoder("exact", "fp32", "off"))
+        limit = tensor_flops() / flop
+        kind = f"{args.model.split('/')[-1]}, {flop / 1e9:.1f} GFLOP an image, batch {args.batch_size}"
+        print(f"{common.machine()}\n{kind}; JPEG files of {size[0]}x{size[1]}, {mean / 1000:.0f} KB on average\n", flush=True)
+        exact = options("exact", "fp32", "off")
+        rows = [line("the original: one image, Pillow, CPU, fp32", *original(exact, images, args.original), limit)]
+        rows.append(line("plain: DataLoader, eager, bf16", *plain(options("exact", "bf16", "off"), images, args), limit))
+        ways = WAYS[:1] + WAYS[2:3] if args.tiny else WAYS
+        for way in ways:
+            encoder(*way).encode([name(i) for i in range(min(args.images, 2 * args.batch_size))])  # compiles
+            encoder(*way).meter = Meter()
+            out = Path(folder) / "-".join(way) / "part-00000-of-00001.parquet"
+            seconds = end_to_end(encoder(*way), catalog, out)
+            shares = encoder(*way).meter.shares(seconds)
+            busy = ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
+            rows.append(line("surf, decode {}, {}, compile {}".format(*way), args.images, seconds, limit, busy))
+            print(rows[-1], flush=True)
         base = rows[0][3]
         head = ["end to end", "images", "s", "images/s", "÷ the original", "share of the limit", "busy share of each step"]
         print(common.table(head, [[*row[:4], row[3] / base, *row[4:]] for row in rows]), "\n", flush=True)
-        rates = list(stages(options, images, catalog, args))
-        print(common.table(["alone", "images/s"], [*rates, ("limit: matrix products", limit)]), "\n", flush=True)
-        print(common.table(["against exact pixels and fp32, cosine", "lowest", "mean"], list(closeness(options, args))))
+        rates = list(stages(encoder, ways, images, catalog, args))
+        print(common.table(["alone", "images/s"], [*rates, ("limit: matrix products in bf16", limit)]), "\n", flush=True)
+        print(common.table(["against exact pixels and fp32, cosine", "lowest", "mean"], list(closeness(encoder, ways, args))))
 
 
 def line(what: str, count: int, seconds: float, limit: float, busy: str = "") -> list[Any]:
@@ -146,7 +155,11 @@ def plain(options: config.Embed, images: Images, args: argparse.Namespace) -> tu
 
 
 def stages(
-    options: Callable[..., config.Embed], images: Images, catalog: pa.Table, args: argparse.Namespace
+    encoder: Callable[..., clip.Clip],
+    ways: list[tuple[str, str, str]],
+    images: Images,
+    catalog: pa.Table,
+    args: argparse.Namespace,
 ) -> Iterator[tuple[str, float]]:
     """Rate of each step by itself (images/s)."""
     import torch
@@ -158,27 +171,25 @@ def stages(
         images.reader(names[number])()
     yield "read", len(names) / (time.perf_counter() - start)
     files = [images.read(one) for one in few]
+    exact = encoder("exact", "fp32", "off").decoder
     with ThreadPoolExecutor(args.workers) as pool:
-        for what, decode in (("exact", "exact"), ("at a reduced size", "fast")):
-            decoder = clip.load(options(decode=decode), images).decoder
+        for what, decoder in (("exact", exact), ("draft", dataclasses.replace(exact, draft=True))):
             start = time.perf_counter()
             list(pool.map(decoder.pixels, files))
-            yield f"Pillow {what}, {args.workers} threads", len(files) / (time.perf_counter() - start)
+            yield f"Pillow, decode {what}, {args.workers} threads", len(files) / (time.perf_counter() - start)
     if jpeg.available():
         batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
-        size = clip.load(options(), images).decoder.size
-        yield "nvJPEG and resize", args.batch_size * rate(lambda i: jpeg.decode(batches[i % len(batches)], size, "cuda"), 12)
+        decode = lambda i: jpeg.decode(batches[i % len(batches)], exact.size, "cuda")  # noqa: E731
+        yield "nvJPEG and resize", args.batch_size * rate(decode, 12)
     if torch.cuda.is_available():
         host = torch.zeros((args.batch_size, 224, 224, 3), dtype=torch.uint8, pin_memory=True)
         yield "transfer of uint8 pixels", args.batch_size * rate(lambda _: host.to("cuda", non_blocking=True), 100)
-    for mode in args.modes:
-        encoder = clip.load(options(compile=mode), images)
-        pixels = torch.zeros((args.batch_size, *encoder.decoder.size, 3), dtype=torch.uint8, device=encoder.device)
+    for precision, mode in dict.fromkeys(way[1:] for way in ways):
+        own = encoder(next(way[0] for way in ways if way[1:] == (precision, mode)), precision, mode)
+        pixels = torch.zeros((args.batch_size, *exact.size, 3), dtype=torch.uint8, device=own.device)
         with torch.inference_mode():
-            yield (
-                f"model, compile {mode}",
-                args.batch_size * rate(lambda _, e=encoder, p=pixels: e.features(p), 5 if args.tiny else 30),
-            )
+            model = lambda _, e=own, p=pixels: e.features(p)  # noqa: E731
+            yield f"model, {precision}, compile {mode}", args.batch_size * rate(model, 5 if args.tiny else 30)
 
 
 def rate(run: Callable[[int], Any], times: int) -> float:
@@ -200,12 +211,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def tensor_flops(precision: str) -> float:
-    """Operations a second of the fastest of some large matrix products."""
+def tensor_flops() -> float:
+    """Operations a second of the fastest of some large matrix products: bfloat16 on a GPU, else float32."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     best = 0.0
     for size in (4096, 8192) if device == "cuda" else (1024,):
         a, b = (torch.randn((size, size), device=device, dtype=dtype) for _ in range(2))
@@ -224,26 +235,30 @@ def operations(encoder: clip.Clip) -> int:
     return counter.get_total_flops()
 
 
-def closeness(options: Callable[..., config.Embed], args: argparse.Namespace) -> Iterator[tuple[str, float, float]]:
+def closeness(
+    encoder: Callable[..., clip.Clip], ways: list[tuple[str, str, str]], args: argparse.Namespace
+) -> Iterator[tuple[str, float, float]]:
     """Cosines of real photographs' embeddings by the faster ways with those by the exact one."""
     import matplotlib
 
     folder = args.photographs or Path(matplotlib.get_data_path()) / "sample_data"
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
-    images = Images([str(folder)])
     weights = args.pretrained or ("the demo's weights" if args.tiny else "random weights")
-    exact = clip.load(options(precision="fp32"), images)
-    reference = exact.encode(names)[0]
-    state = {}
-    for precision in dict.fromkeys(("fp32", args.precision)):
-        for decode in ("exact", "fast"):
-            import torch
 
-            torch.manual_seed(0)
-            encoder = clip.load(options(precision=precision, decode=decode), images)
-            state[precision, decode] = (encoder.encode(names)[0] * reference).sum(1)
-    for (precision, decode), cosine in state.items():
-        yield f"{precision}, decode {decode}; {len(names)} photographs, {weights}", float(cosine.min()), float(cosine.mean())
+    def vectors(*way: str) -> np.ndarray:
+        own = encoder(*way)
+        before, own.decoder = own.decoder, dataclasses.replace(own.decoder, images=Images([str(folder)]))
+        found, errors = own.encode(names)
+        own.decoder = before
+        if errors:
+            raise AssertionError(errors)
+        return found
+
+    reference = vectors("exact", "fp32", "off")
+    for way in ways:
+        cosine = (vectors(*way) * reference).sum(1)
+        what = "decode {}, {}, compile {}".format(*way)
+        yield f"{what}; {len(names)} photographs, {weights}", float(cosine.min()), float(cosine.mean())
 
 
 def pack(path: Path, count: int, distinct: int, size: tuple[int, int]) -> tuple[Path, float]:

@@ -5,7 +5,7 @@ results, so that Snakemake reruns it. `surf.describe` makes the documentation of
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -56,11 +56,19 @@ class Catalog(Section):
 class Embed(Section):
     """CLIP image embeddings, by open_clip."""
 
+    version: ClassVar[int] = 2
     model: Name = Field(default="ViT-L-14-quickgelu", description="open_clip model name, or local-dir:PATH.")
     pretrained: str | None = Field(default="openai", description="open_clip weights tag; null for local-dir models.")
     batch_size: Positive = Field(json_schema_extra=KNOB, default=512, description="Images a forward pass.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="Arithmetic of the encoder.")
-    decode: Literal["exact", "fast"] = Field(default="exact", description="fast: JPEG by the GPU, or at a reduced size.")
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        default="fp32",
+        description="Arithmetic of the encoder. fp8: bf16, and the products of the image tower in 8 bits (Ada or Hopper).",
+    )
+    decode: Literal["exact", "draft", "gpu"] = Field(
+        default="exact",
+        description="draft: JPEG files are decoded at a half, a quarter or an eighth of their size where that is enough; "
+        "gpu: by the GPU (nvJPEG), for jobs with few cores.",
+    )
     workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
         json_schema_extra=KNOB, default="off", description="Mode of torch.compile; it takes a while, once a job."

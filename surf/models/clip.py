@@ -24,10 +24,12 @@ def load(options: config.Embed, images: Images) -> "Clip":
     import open_clip
     import torch
 
+    from surf.models import tower
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            options.model, pretrained=options.pretrained, precision=options.precision, device=device
+            options.model, pretrained=options.pretrained, precision=_precision(options), device=device
         )
     except Exception as error:
         raise SurfError(
@@ -35,6 +37,7 @@ def load(options: config.Embed, images: Images) -> "Clip":
             where=f"embed.model = {options.model!r}, embed.pretrained = {options.pretrained!r}",
             expected="an open_clip model and weights tag, or local-dir:FOLDER with pretrained null",
         ) from error
+    tower.rebuild(model.visual, options.precision)
     return Clip(model.eval(), transform, images, options, device)
 
 
@@ -48,11 +51,11 @@ class Clip:
         self.dim = int(model.visual.output_dim)
         crop, mean, std = _split(transform)
         height, width = model.visual.image_size
-        fast = options.decode == "fast"
         plain = model.visual.preprocess_cfg.get("resize_mode", "shortest") == "shortest" and height == width
-        on_gpu = (lambda data: jpeg.suits(data, images.max_pixels)) if fast and plain and jpeg.available() else None
-        self.decoder = pipeline.Decoder(images, crop, (height, width), fast, on_gpu)
-        features = _features(model, mean.to(device), std.to(device), options.precision)
+        gpu = options.decode == "gpu" and plain and jpeg.available()
+        on_gpu = (lambda data: jpeg.suits(data, images.max_pixels)) if gpu else None
+        self.decoder = pipeline.Decoder(images, crop, (height, width), options.decode != "exact", on_gpu)
+        features = _features(model, mean.to(device), std.to(device), _precision(options))
         self.features = features if options.compile == "off" else torch.compile(features, mode=options.compile)
         self.side: Any = torch.cuda.Stream() if device == "cuda" else None
 
@@ -149,6 +152,11 @@ class Clip:
         if good := {place: pixels for place, pixels in zip(batch.encoded, found, strict=True) if pixels is not None}:
             whole[torch.tensor(list(good), device=self.device)] = torch.stack(list(good.values()))
         return whole
+
+
+def _precision(options: config.Embed) -> str:
+    """open_clip's own word for the arithmetic of all but the products that `tower` replaces."""
+    return "bf16" if options.precision == "fp8" else options.precision
 
 
 def _finish(batch: pipeline.Batch, wait: Callable[[], np.ndarray]) -> tuple[list[int], np.ndarray, dict[int, str]]:

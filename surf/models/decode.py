@@ -165,10 +165,15 @@ class Steps:
 
         try:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                work()
+            # by hand: `torch.cuda.graph` empties the allocator's caches first, which costs more than many steps
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA

@@ -1,4 +1,4 @@
-"""JPEG files decoded and resized by the GPU (nvJPEG through torchvision), for `embed.decode: fast`.
+"""JPEG files decoded and resized by the GPU (nvJPEG through torchvision), for `embed.decode: gpu`.
 
 Pixels differ a little from those of Pillow, the reference: the colour planes are widened another way, and the resize rounds
 once and not twice. Files that a GPU may show in another way altogether are left to Pillow: see `suits`.

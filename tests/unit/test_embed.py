@@ -1,5 +1,6 @@
 """The embedding pipeline with a real open_clip model of tiny size, over folders and packed files."""
 
+import copy
 import io
 import json
 import logging
@@ -201,6 +202,58 @@ def test_a_compiled_model_gives_the_same_vectors(clip_folder, pictures, monkeypa
     assert calls == ["reduce-overhead"]
 
 
+# --- the image tower -----------------------------------------------------------------------------------------------------
+
+
+def towers(precision, width=64, layers=3):
+    """(open_clip's tower, the same one rebuilt), with weights that spread as trained ones do, and pixels for both."""
+    import open_clip
+    import torch
+
+    from surf.models import tower
+
+    torch.manual_seed(1)
+    vision = {"image_size": 32, "layers": layers, "width": width, "head_width": 32, "patch_size": 8}
+    plain = open_clip.CLIP(32, vision, dict(CLIP["text_cfg"])).visual.eval()
+    own = copy.deepcopy(plain)
+    if precision == "fp8":
+        plain, own = plain.bfloat16(), own.bfloat16()
+    tower.rebuild(own, precision)
+    return plain, own, torch.randn(6, 3, 32, 32, dtype=next(plain.parameters()).dtype)
+
+
+def test_rebuilt_tower_is_open_clips_tower():
+    import torch
+
+    plain, own, pixels = towers("fp32")
+    assert not any(isinstance(part, torch.nn.MultiheadAttention) for part in own.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(own(pixels), plain(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_eight_bits_change_little():
+    import torch
+
+    from surf.models import tower
+
+    plain, own, pixels = towers("fp8")
+    assert sum(isinstance(part, tower.Linear8) for part in own.modules()) == 3 * 4
+    with torch.inference_mode():
+        cosine = torch.nn.functional.cosine_similarity(own(pixels).float(), plain(pixels).float())
+        alone = own(pixels[:1])
+    assert (cosine > 0.995).all() and not torch.equal(own(pixels), plain(pixels))
+    torch.testing.assert_close(alone, own(pixels)[:1])  # a row's scale is its own: neighbours change nothing
+
+
+def test_eight_bits_need_a_tower_that_is_known():
+    import torch
+
+    from surf.models import tower
+
+    with pytest.raises(SurfError, match=r"embed\.precision: fp8.*bf16"):
+        tower.rebuild(torch.nn.Sequential(torch.nn.Linear(2, 2)), "fp8")
+
+
 # --- fast decoding -----------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +313,7 @@ def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_p
     import torch
 
     odd = noise(3, (40, 40))  # a PNG, as if it had looked like a JPEG
-    model = encoder(clip_folder, tmp_path, batch_size=4, decode="fast")
+    model = encoder(clip_folder, tmp_path, batch_size=4, decode="gpu")
     batch = pipeline.Batch([7, 8, 9], torch.zeros((4, 32, 32, 3), dtype=torch.uint8))
     batch.encoded = {0: photograph, 1: odd, 2: b"nothing"}
     pixels = model.decode(batch).numpy()
