@@ -16,6 +16,7 @@ from surf.errors import SurfError
 
 BLOCK_ROWS = 262_144  # vectors of the corpus compared at a time: 0.8 GB of 768 float32 numbers
 BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
+GROUP = 64  # scores whose highest one is looked at first
 
 
 def load(path: Path) -> Any:
@@ -87,7 +88,10 @@ class Exact:
 def exact(
     blocks: Iterable[tuple[np.ndarray, np.ndarray]], queries: np.ndarray, k: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k highest inner products of each query over all blocks; float32 products, each block goes to the device once.
+    """The k highest inner products of each query over all blocks; each block goes to the device once.
+
+    Products are those of float32 numbers. Where all of these are float16 numbers, as `embed` stores them, a GPU multiplies
+    them as such: each product is exact in float32, and so are the sums but for their rounding.
 
     Args:
         blocks: (ids int64 [rows], vectors float32 [rows, d]).
@@ -103,22 +107,53 @@ def exact(
     found = torch.full((len(queries), k), -1, dtype=torch.int64, device=device)
     size = 0
     with torch.inference_mode(), _full_precision():
+        halves = device == "cuda" and all(_are_halves(part.to(device)) for part in asked.split(BLOCK_ROWS))
         for ids, vectors in blocks:
-            size = max(size, len(ids))  # the last block is the shortest one
+            size = max(size, -(-len(ids) // GROUP) * GROUP)  # the last block is the shortest one
             corpus = torch.zeros((size, queries.shape[1]), device=device)
             corpus[: len(ids)] = torch.from_numpy(vectors)
-            number = torch.tensor(ids, device=device)
+            number = torch.full((size,), -1, dtype=torch.int64, device=device)
+            number[: len(ids)] = torch.tensor(ids, device=device)
+            small = halves and _are_halves(corpus)
+            if small:
+                corpus = corpus.half()
             for start in range(0, len(queries), BLOCK_QUERIES):
                 rows = slice(start, start + BLOCK_QUERIES)
-                scores = asked[rows].to(device) @ corpus.T
-                top = scores[:, : len(ids)].topk(min(k, len(ids)))
-                both = torch.cat([best[rows], top.values], 1)
-                names = torch.cat([found[rows], number[top.indices]], 1)
+                own = asked[rows].to(device)
+                scores = torch.mm(own.half(), corpus.T, out_dtype=torch.float32) if small else own @ corpus.T
+                scores[:, len(ids) :] = -torch.inf
+                values, places = highest(scores, min(k, len(ids)))
+                both = torch.cat([best[rows], values], 1)
+                names = torch.cat([found[rows], number[places]], 1)
                 kept = both.topk(k)
                 best[rows], found[rows] = kept.values, names.gather(1, kept.indices)
     similarity, result = best.cpu().numpy(), found.cpu().numpy()
     order = np.lexsort((result, -similarity), axis=1)
     return np.take_along_axis(similarity, order, 1), np.take_along_axis(result, order, 1)
+
+
+def highest(scores: Any, k: int) -> tuple[Any, Any]:
+    """The k highest of each row [rows, size], highest first: (values, places), both [rows, k].
+
+    The k highest stand in the k groups with the highest maxima: only these are sorted out, since `topk` reads what it is given
+    many times.
+    """
+    import torch
+
+    rows, size = scores.shape
+    groups = size // GROUP
+    if size % GROUP or groups < 2 * k:
+        top = scores.topk(k)
+        return top.values, top.indices
+    near = scores.view(rows, GROUP, groups).amax(1).topk(k).indices
+    places = (near[:, None] + groups * torch.arange(GROUP, device=scores.device)[:, None]).flatten(1)
+    top = scores.gather(1, places).topk(k)
+    return top.values, places.gather(1, top.indices)
+
+
+def _are_halves(numbers: Any) -> bool:
+    """Are these float32 numbers float16 ones?"""
+    return bool((numbers.half().float() == numbers).all())
 
 
 @contextmanager

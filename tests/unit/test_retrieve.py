@@ -109,6 +109,18 @@ def test_index_holds_every_readable_image_under_its_id(tmp_path, factory, kind, 
     assert not {4, 77} & set(ids.ravel().tolist())
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.sampled_from([5, 64, 100, 640, 1000, 3200]), st.integers(1, 30))
+def test_the_highest_are_found_by_their_groups(seed, rows, size, k):
+    import torch
+
+    k = min(k, size)
+    scores = torch.from_numpy(np.random.default_rng(seed).permutation(rows * size).reshape(rows, size).astype(np.float32))
+    values, places = search.highest(scores, k)
+    expected = scores.topk(k)
+    assert torch.equal(values, expected.values) and torch.equal(places, expected.indices)
+
+
 def test_recall_falls_with_the_lists_that_are_searched(tmp_path):
     manifest = embeddings(tmp_path, unit(np.random.default_rng(6), 400))
     options = [config.BuildIndex(factory="IVF8,Flat", probes=probes) for probes in (1, 4, 8)]
