@@ -9,9 +9,11 @@ sizes. The limit of exact search is the time of its multiplications at the rate 
 """
 
 import argparse
+import functools
 import json
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--scaled", type=int, nargs=2, default=[250_000, 500_000], help="vectors of the indexes on disk")
     parser.add_argument("--target", type=int, default=100_000_000, help="vectors to extrapolate to")
     parser.add_argument("--factory", default="IVF4096,SQ8", help="of the indexes on disk; the same for both sizes")
+    parser.add_argument("--only", choices=["exact", "scaled"], help="one of the two tables")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--build", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,15 +49,17 @@ def main() -> None:
     if args.build:
         print(json.dumps(build(Path(args.build[0]), args.build[1])))
         return
-    print(f"{common.machine()}\n")
     with TemporaryDirectory() as folder:
-        exact(Path(folder), args)
-        scaled(Path(folder), args)
+        if args.only != "scaled":
+            exact(Path(folder), args)
+        if args.only != "exact":
+            scaled(Path(folder), args)
 
 
 def exact(folder: Path, args: argparse.Namespace) -> None:
     """The first table."""
     manifest = embeddings(folder / "whole", args.vectors, args.dim)
+    print(f"{common.machine()}\n")
     corpus = [f"{i}.jpg" for i in range(args.vectors)]
     names = [f"q{i}.jpg" for i in range(args.queries)]
     queries = clustered(np.random.default_rng(10**6), args.queries, args.dim).astype(np.float32)
@@ -104,6 +109,8 @@ def scaled(folder: Path, args: argparse.Namespace) -> None:
     results = []
     for vectors in args.scaled:
         manifest = embeddings(folder / str(vectors), vectors, args.dim)
+        if not results:
+            print(f"{common.machine()}\n")
         results.append(json.loads(common.python(__file__, "--build", str(manifest), args.factory).splitlines()[-1]))
     small, large = ([found["seconds"], found["bytes"] / 1e9, found["peak_mb"]] for found in results)
     slope = [(b - a) / (args.scaled[1] - args.scaled[0]) for a, b in zip(small, large, strict=True)]
@@ -150,24 +157,34 @@ class OwnMemory:
 def embeddings(folder: Path, count: int, dim: int) -> Path:
     """Parts of `embeddings` with `count` vectors; the manifest."""
     names = part_names(-(-count // PART))
-    for number, (name, start) in enumerate(zip(names, range(0, count, PART), strict=True)):
-        size = min(PART, count - start)
-        vectors = clustered(np.random.default_rng(number), size, dim)
-        table = _table(range(start, start + size), vectors.astype(np.float32))
-        store.write_table(folder / f"{name}.parquet", table, "embeddings", {"version": 1})
+    sizes = [min(PART, count - start) for start in range(0, count, PART)]
+    with ProcessPoolExecutor() as pool:
+        list(pool.map(part, range(len(sizes)), sizes, [dim] * len(sizes), [folder / f"{name}.parquet" for name in names]))
     merge.merge("embeddings", [folder / f"{name}.parquet" for name in names], folder / "_manifest.json")
     return folder / "_manifest.json"
 
 
+def part(number: int, size: int, dim: int, path: Path) -> None:
+    """Write one part of `embeddings`."""
+    vectors = clustered(np.random.default_rng(number), size, dim)
+    start = number * PART
+    store.write_table(path, _table(range(start, start + size), vectors.astype(np.float32)), "embeddings", {"version": 1})
+
+
 def clustered(rng: np.random.Generator, count: int, dim: int) -> np.ndarray:
     """Unit vectors around `CENTRES` points, half of their length noise; float16 [count, dim]."""
-    centres = np.random.default_rng(0).standard_normal((CENTRES, dim), np.float32)
+    centres = _centres(dim)
     made = np.empty((count, dim), np.float16)
     for start in range(0, count, PART):
         size = min(PART, count - start)
         vectors = centres[rng.integers(0, CENTRES, size)] + rng.standard_normal((size, dim), np.float32)
         made[start : start + size] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return made
+
+
+@functools.cache
+def _centres(dim: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((CENTRES, dim), np.float32)
 
 
 def products(dim: int) -> float:
