@@ -23,6 +23,7 @@ prefix once. Attention and all else is not counted.
 """
 
 import argparse
+import functools
 import random
 import tempfile
 import threading
@@ -218,13 +219,35 @@ class Bench:
         draw = random.Random(0)
         some = draw.sample(requests, min(self.sizes.plain, len(requests)))
         alone = some[: self.sizes.alone]
-        batched = len(some) / _timed(lambda: self._plain(some, 64))[0]
+        batched = len(some) / self._batched(some)
         single = len(alone) / _timed(lambda: self._plain(alone, 1))[0]
         without, reused = self._limits(requests)
         rivals = [cell for rate in (single, batched) for cell in (rate, ours / rate)]
         bounds = [cell for rate in (without, reused) for cell in (rate, f"{100 * ours / rate:.0f} %")]
         times = [f"{100 * part:.0f} %" for part in (*parts, 1 - sum(parts))]
         return [name, ours, *rivals, *bounds, peak], [name, *times]
+
+    def profile(self, work: Stage, images: int, fixed: int | None) -> list[list[object]]:
+        """The GPU's kernels that take most time in a small run: (name, calls, share of all kernels' time)."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            work(max(6, images // 8), 4, fixed)
+        kernels = sorted(found.key_averages(), key=lambda one: -one.self_device_time_total)
+        whole = sum(one.self_device_time_total for one in kernels)
+        return [[one.key[:90], one.count, f"{one.self_device_time_total / whole:.1%}"] for one in kernels[:16]]
+
+    def _batched(self, requests: Sequence[Request]) -> float:
+        """Seconds of `generate` in batches of 64, or of fewer where memory does not suffice."""
+        import torch
+
+        for size in (64, 32, 16):
+            try:
+                return _timed(functools.partial(self._plain, requests, size))[0]
+            except torch.OutOfMemoryError:
+                print(f"generate: out of memory with batches of {size}", flush=True)
+                torch.cuda.empty_cache()
+        raise torch.OutOfMemoryError("generate: not even batches of 16")
 
     def _plain(self, requests: Sequence[Request], size: int) -> None:
         """`generate`, in batches of `size` prompts sorted by length; a batch is as long as its longest answer."""
@@ -302,6 +325,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="lvlm.batch_tokens")
     parser.add_argument("--batch-size", type=int, default=512, help="lvlm.batch_size")
     parser.add_argument("--no-compile", action="store_true", help="lvlm.compile: false")
+    parser.add_argument("--profile", action="store_true", help="also the kernels that take most time (on a GPU)")
     args = parser.parse_args()
     import logging
 
@@ -321,12 +345,19 @@ def main() -> None:
         ("re-answers, 10 references, early stop", bench.again, max(1, sizes.images // 3), None),
         ("answers of 64 tokens", bench.first, max(1, sizes.images // 3), 64),
     ]
-    made = [bench.row(*one) for one in work]
+    made, profiles = [], []
+    for name, stage, images, fixed in work:
+        made.append(bench.row(name, stage, images, fixed))
+        print(*made[-1], flush=True)
+        if args.profile:
+            profiles.append((name, bench.profile(stage, images, fixed)))
     print(f"\n{machine()}; matrix products at {bench.peak_flops / 1e12:.3g} TFLOP/s\n")
     head = ["samples a second", "surf", "batch 1", "×", "generate, batch 64", "×", "limit, no reuse", "share"]
     print(table([*head, "limit, reuse", "share", "peak GiB"], [cells for cells, _ in made]))
     parts = ["waiting for images", "vision", "prefixes", "suffixes", "new tokens", "host"]
     print(f"\n{table(['time goes to', *parts], [times for _, times in made])}")
+    for name, kernels in profiles:
+        print(f"\n{table([f'{name}: kernel', 'calls', 'share'], kernels)}")
 
 
 if __name__ == "__main__":
