@@ -64,10 +64,12 @@ class Linear8(nn.Module):
     def forward(self, x: Any) -> Any:
         """bfloat16 [..., inputs] to bfloat16 [..., outputs]."""
         rows, scale = _eight_bits(x.flatten(0, -2))
+        if x.is_cuda:
+            weight = self.weight.t()
+            made = torch._scaled_mm(rows, weight, scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True)
+        else:  # the same numbers; a CPU's PyTorch may have one scale for all rows only
+            made = (rows.float() @ self.weight.float().t() * scale * self.scale).to(x.dtype)
         # the bias is added apart: torch.compile joins it with what comes next, and not every kernel takes it
-        made = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype, use_fast_accum=True
-        )
         return (made + self.bias).unflatten(0, x.shape[:-1])
 
 
