@@ -26,7 +26,7 @@ _HARMLESS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_versi
 }  # fmt: skip
 FEATURE_BYTES = 4 * 2**30  # on the device: 900 images of LLaVA-1.5 at 16 bits
 # Largest difference of log-probabilities between the two ways on the made-up prompt, in shares of their spread.
-_TOLERANCE = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
+_TOLERANCE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 
 
 def why_not(model: Any) -> str:
