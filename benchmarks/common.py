@@ -34,6 +34,14 @@ def peak_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
+def kill(running: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a process and all that it has started, at once."""
+    import psutil
+
+    for process in [*psutil.Process(running.pid).children(recursive=True), running]:
+        process.kill()
+
+
 def python(*words: str) -> str:
     """Standard output of a new interpreter that runs in the repository root."""
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)

@@ -74,7 +74,12 @@ def model(whole: Any, dtype: Any, device: str | None = None) -> Any:
 
     set_seed(0)
     with torch.device(device or "cpu"):
-        return AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
+        made = AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
+    for name, weight in made.named_parameters():
+        if hasattr(weight, "ds_tensor"):  # spread over processes; versions of the library differ in what they fill it with
+            matrix, norm = len(weight.ds_shape) > 1, "norm" in name and name.endswith("weight")
+            weight.ds_tensor.data.normal_(0, 0.02) if matrix else weight.ds_tensor.data.fill_(float(norm))
+    return made
 
 
 def responder(tiny: bool) -> tuple[Any, Any]:

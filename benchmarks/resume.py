@@ -72,8 +72,6 @@ def main() -> None:
 
 def losses(command: list[str], kill_after: int | None = None) -> dict[int, float]:
     """Loss of each step that the log shows. After step `kill_after` the whole family of processes is killed at once."""
-    import psutil
-
     found: dict[int, float] = {}
     lines = []
     running = subprocess.Popen(command, cwd=common.ROOT, stderr=subprocess.PIPE, text=True)
@@ -82,8 +80,7 @@ def losses(command: list[str], kill_after: int | None = None) -> dict[int, float
         if match := STEP.search(text):
             found[int(match[1])] = float(match[2])
             if int(match[1]) == kill_after:
-                for process in [*psutil.Process(running.pid).children(recursive=True), running]:
-                    process.kill()
+                common.kill(running)
                 break
     if running.wait() and kill_after is None:
         raise RuntimeError("".join(lines[-30:]))
