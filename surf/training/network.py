@@ -1,5 +1,6 @@
 """The model as it is trained: what is frozen, adapters beside it, and what makes it faster without changing its results."""
 
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from surf.config import Finetune, Lvlm
 from surf.errors import SurfError
 from surf.processing import stop_at_end
 from surf.training import loss, packing
+
+TOWERS = ("vision_tower", "vision_model", "visual")  # names of the vision tower in Hugging Face's models
 
 
 def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:
@@ -108,12 +111,45 @@ def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
             # evenly spread: what is kept and what is computed again take turns
             layers[number * len(layers) // finetune.keep_layers].gradient_checkpointing = False
     if finetune.zero_stage == 3 and finetune.gather_layers and layers:
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, [type(layers[0])])  # a layer's nine matrices are gathered by one call, under one hook
+        _gather_whole(model, finetune, layers)
     if finetune.compile:
         for layer in layers:
             layer.forward = _compiled(layer.forward)
+
+
+def _gather_whole(model: Any, finetune: Finetune, layers: list[Any]) -> None:
+    """ZeRO-3 gathers a layer's matrices by one call, under one hook; the frozen vision tower, small beside them, likewise."""
+    from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
+
+    set_z3_leaf_modules(model, [type(layers[0])])
+    for name in TOWERS:
+        tower = getattr(model.model, name, None)
+        names = [key for key, _ in tower.named_parameters(prefix=f"model.{name}")] if tower else []
+        if names and not any(part in key for part in finetune.train for key in names):
+            set_z3_leaf_module(tower, True)
+    _keep_host_near(layers)
+
+
+def _keep_host_near(layers: list[Any]) -> None:
+    """Let the host run at most two layers ahead of the GPU.
+
+    It would else order all layers' weights to be gathered before the first of them can be released, and the memory of the
+    whole model with them; PyTorch's FSDP has `limit_all_gathers` for the same reason.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    begun: deque[Any] = deque()
+
+    def wait(*_: Any) -> None:
+        if len(begun) == 2:
+            begun.popleft().synchronize()
+        begun.append(torch.cuda.Event())
+        begun[-1].record()
+
+    for layer in layers:
+        layer.register_forward_pre_hook(wait)
 
 
 def _compiled(forward: Any) -> Any:
