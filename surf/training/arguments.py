@@ -68,7 +68,8 @@ def _deepspeed(finetune: Finetune, lvlm: Lvlm, cuda: bool) -> dict[str, Any]:
     if finetune.gather_layers:
         # A layer of a 7B model has 2e8 weights and is gathered at once, in a tenth of the time that it computes: the next one
         # is gathered meanwhile; DeepSpeed's 5e7 would stop amid a layer, and more would hold memory for nothing.
-        zero |= {"stage3_prefetch_bucket_size": int(2e8)}
+        # Small weights come with their layer; DeepSpeed would keep them, and gather them one by one after each step.
+        zero |= {"stage3_prefetch_bucket_size": int(2e8), "stage3_param_persistence_threshold": 0}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",

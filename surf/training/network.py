@@ -11,8 +11,6 @@ from surf.errors import SurfError
 from surf.processing import stop_at_end
 from surf.training import loss, packing
 
-TOWERS = ("vision_tower", "vision_model", "visual")  # names of the vision tower in Hugging Face's models
-
 
 def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:
     """The model ready to train, and the number of its parameters that are trained.
@@ -118,15 +116,20 @@ def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
 
 
 def _gather_whole(model: Any, finetune: Finetune, layers: list[Any]) -> None:
-    """ZeRO-3 gathers a layer's matrices by one call, under one hook; the frozen vision tower, small beside them, likewise."""
-    from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
+    """ZeRO-3 gathers a layer's matrices by one call, under one hook: those of the language model, and frozen ones elsewhere."""
+    from deepspeed.utils import set_z3_leaf_module
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
-    set_z3_leaf_modules(model, [type(layers[0])])
-    for name in TOWERS:
-        tower = getattr(model.model, name, None)
-        names = [key for key, _ in tower.named_parameters(prefix=f"model.{name}")] if tower else []
-        if names and not any(part in key for part in finetune.train for key in names):
-            set_z3_leaf_module(tower, True)
+    def trained(prefix: str, module: Any) -> bool:
+        return any(part in name for name, _ in module.named_parameters(prefix=prefix) for part in finetune.train)
+
+    embeddings = model.get_input_embeddings()
+    for prefix, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and (module in layers or not trained(prefix, module)):
+            set_z3_leaf_module(module, True)
+        if module is embeddings and not trained(prefix, module):
+            # a whole layer's gradients are taken when that of its input is there; the first layer's must have one, too
+            module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
     _keep_host_near(layers)
 
 
