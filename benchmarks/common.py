@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +40,8 @@ def kill(running: "subprocess.Popen[str]") -> None:
     import psutil
 
     for process in [*psutil.Process(running.pid).children(recursive=True), running]:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def python(*words: str) -> str:

@@ -1,6 +1,6 @@
 """Fine-tune of a full-size LLaVA-1.5-7B: surf and the plain Hugging Face Trainer side by side, each switch turned in turn.
 
-python benchmarks/finetune.py [--gpus 2] [--rows NAME@BATCH ...] [--steps 4] [--seconds S] [--out FOLDER] [--tiny]
+python benchmarks/finetune.py [--gpus 2] [--rows NAME@BATCH ...] [--steps 4] [--seconds S] [--out FOLDER] [--fresh] [--tiny]
 
 Random weights from the model's config class, nothing is downloaded. A sample has three images and 300 text tokens, 2,028 tokens
 in all; images are real JPEG files, decoded by the data loader's workers. FLOPs of a sample: surf/training/speed.py; what is
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -36,7 +37,7 @@ from surf.training.speed import PEAKS, cost
 from surf.training.trainer import trainer
 
 WARM_UP = 3  # steps before the clock starts; ZeRO-3 records the order of the layers in the second and uses it from the third on
-PATIENCE = 240  # seconds without a new row after which the processes hang
+PATIENCE = 180  # seconds without a new row after which the processes hang
 PLAIN = "plain Hugging Face Trainer"
 OURS = "surf"
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -44,17 +45,17 @@ SWITCHES: dict[str, dict[str, Any]] = {
     OURS: {},
     "surf, compiled layers": {"compile": True},
     "surf, compiled layers, 4 layers kept": {"compile": True, "keep_layers": 4},
-    "surf, ZeRO-2": {"zero_stage": 2},
     "surf, logits of all positions": {"loss_chunk": 0},
     "surf, padded rows": {"packing": False},
     "surf, ZeRO-3 matrix by matrix": {"gather_layers": False},
     "surf, 2 layers kept": {"keep_layers": 2},
     "surf, LoRA": {"method": "lora", "zero_stage": 2},
     "surf, one decoder of images": {"workers": 1},
+    "surf, ZeRO-2": {"zero_stage": 2},
 }
-ROWS = [f"{OURS}@8", f"{OURS}@16", f"{PLAIN}@8", "surf, compiled layers@16"]
+ROWS = [f"{OURS}@8", "surf, compiled layers@16", f"{PLAIN}@8", f"{OURS}@16"]
 ROWS += [f"{name}@8" for name in list(SWITCHES)[2:]]
-ROWS += [f"{PLAIN}@16"]
+ROWS += [f"{PLAIN}@16"]  # the last two may be out of memory, which costs a new start
 TINY = [f"{OURS}@2", f"{PLAIN}@2", "surf, 2 layers kept@2"]
 HEAD = ["", "batch", "samples/s/GPU", "/ plain", "MFU", "of measured peak", "peak GiB", "data wait", "max Δ loss", "set-up s"]
 
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", metavar="NAME@BATCH", help=f"names: {names}; batch: samples a GPU and step")
     parser.add_argument("--seconds", type=float, default=1e6, help="end after so many seconds, whatever is left to measure")
     parser.add_argument("--out", type=Path, help="folder of the results; a new temporary one if left out")
+    parser.add_argument("--fresh", action="store_true", help="new processes for every row")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, few steps, three rows: shows that the command works")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -86,15 +88,17 @@ def compare(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("rows.jsonl", "peak.json", "log"):
         (out / name).unlink(missing_ok=True)
-    llava.photographs(out / "images")
+    scratch = Path(mkdtemp())
+    llava.photographs(scratch / "images")
     rows = args.rows or (TINY if args.tiny else ROWS)
     largest = max(_split(row)[1] for row in rows)
     retried: set[str] = set()
     while time.time() < end and (left := rows[len(read(out)) :]):
         first = len(read(out))
         steps = 2 if args.tiny else args.steps
-        plan = {"rows": left, "steps": steps, "samples": (WARM_UP + steps) * largest * gpus, "tiny": args.tiny, "end": end}
-        (out / "plan.json").write_text(json.dumps(plan))
+        now = left[:1] if args.fresh else left
+        plan = {"rows": now, "steps": steps, "samples": (WARM_UP + steps) * largest * gpus, "tiny": args.tiny, "end": end}
+        (out / "plan.json").write_text(json.dumps({**plan, "scratch": str(scratch)}))
         why = start(gpus, out, end)
         found = len(read(out))
         if found == len(rows) or not why or time.time() >= end:
@@ -216,12 +220,15 @@ def work(out: Path) -> None:
     if cuda and not rank and not (out / "peak.json").exists():
         (out / "peak.json").write_text(json.dumps(matmul()))
     processor, _ = llava.processor_and_config(plan["tiny"])
-    lvlm, images = config.Lvlm(dtype="float32" if plan["tiny"] else "bfloat16"), config.Images(roots=[str(out / "images")])
+    lvlm, images = (
+        config.Lvlm(dtype="float32" if plan["tiny"] else "bfloat16"),
+        config.Images(roots=[str(Path(plan["scratch"]) / "images")]),
+    )
     rows = llava.rows(plan["samples"], processor, lvlm, images)
     made = [samples.make_sample(row, processor, lvlm, images) for row in rows]
     for name, batch in map(_split, plan["rows"]):
         print(f"--- {name}@{batch}", flush=True)
-        figures = run(name, batch, plan, out, made, processor, lvlm, images)
+        figures = run(name, batch, plan, made, processor, lvlm, images)
         if not rank:
             write(out, {"row": name, "batch": batch, **figures})
         left = free()
@@ -233,9 +240,7 @@ def work(out: Path) -> None:
     os._exit(0)  # gloo's threads can abort an interpreter that shuts down at leisure
 
 
-def run(
-    name: str, batch: int, plan: dict[str, Any], out: Path, made: list[Any], processor: Any, lvlm: Any, images: Any
-) -> dict[str, Any]:
+def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor: Any, lvlm: Any, images: Any) -> dict[str, Any]:
     """Figures of one row."""
     import torch
     from torch.utils.data import SequentialSampler
@@ -246,7 +251,9 @@ def run(
     chosen = made[: (WARM_UP + plan["steps"]) * batch * world]
     options = {"processes": world, "batch_size": batch, "learning_rate": 1e-5, "save_steps": 10**6, "warmup_ratio": 0.0}
     finetune = config.Finetune(**options, **SWITCHES[name])
-    settings = arguments(out / "run", 0, finetune, lvlm)  # DeepSpeed's settings must be there before the model is
+    settings = arguments(
+        Path(plan["scratch"]) / "run", 0, finetune, lvlm
+    )  # DeepSpeed's settings must be there before the model is
     _, whole = llava.processor_and_config(plan["tiny"])
     # under ZeRO-3 each process makes its share of the weights; else they are made where they shall be
     model = llava.model(whole, network.dtype(settings), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None)
@@ -306,7 +313,8 @@ def free() -> float:
     torch.cuda.synchronize()
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.is_cuda:
-            thing.untyped_storage().resize_(0)
+            with suppress(RuntimeError):  # memory of somebody else
+                thing.untyped_storage().resize_(0)
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_allocated() / 2**30
