@@ -79,7 +79,6 @@ def compare(args: argparse.Namespace, folder: Path, clock: "_Clock") -> None:
         after = losses(command, clock, log)
     clock.say(f"the second run has ended after step {max(after, default=0)}")
     (args.out / "resume.json").write_text(json.dumps({"before": before, "after": after}))
-    figure(before, after, args.kill, args.out / "resume.svg")
     both = sorted(before.keys() & after.keys())
     written = folder / "model" / "model.json"
     trained = f", {json.loads(written.read_text())['trainable_parameters']:,} parameters trained" if written.exists() else ""
@@ -95,7 +94,8 @@ def compare(args: argparse.Namespace, folder: Path, clock: "_Clock") -> None:
         ["seconds: model written; killed; all", ", ".join(f"{one:.0f}" for one in clock.marks)],
         ["the model has been written", "yes" if written.exists() else "no, time was over"],
     ]
-    print(common.table(["", ""], rows))
+    print(common.table(["", ""], rows), flush=True)
+    figure(before, after, args.kill, args.out / "resume.svg")
     if not clock.over():
         assert written.exists() and max(after) == args.steps, f"see {args.out}/resume.log"
 
