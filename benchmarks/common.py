@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,15 @@ def peak_mb() -> float:
     """Largest resident memory of this process so far (MiB). Linux; getrusage's would count the parent's too."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
+
+
+def kill(running: "subprocess.Popen[str]") -> None:
+    """SIGKILL to a process and all that it has started, at once."""
+    import psutil
+
+    for process in [*psutil.Process(running.pid).children(recursive=True), running]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def python(*words: str) -> str:

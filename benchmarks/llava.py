@@ -16,8 +16,8 @@ TEXT_TOKENS = 300
 NAMES = 64  # different photographs
 
 
-def processor_and_config(tiny: bool) -> tuple[Any, Any]:
-    """The processor and the config of LLaVA-1.5-7B, or of a tiny one; no weights."""
+def processor_and_config(tiny: bool, layers: int | None = None) -> tuple[Any, Any]:
+    """The processor and the config of LLaVA-1.5-7B, with fewer `layers` if given, or of a tiny one; no weights."""
     from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor
 
     side, patch = (56, 14) if tiny else (336, 14)
@@ -36,6 +36,7 @@ def processor_and_config(tiny: bool) -> tuple[Any, Any]:
     )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4} if tiny else {}
+    text |= {"num_hidden_layers": layers} if layers else {}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     full = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     whole = LlavaConfig(
@@ -74,7 +75,12 @@ def model(whole: Any, dtype: Any, device: str | None = None) -> Any:
 
     set_seed(0)
     with torch.device(device or "cpu"):
-        return AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
+        made = AutoModelForImageTextToText.from_config(whole, dtype=dtype, attn_implementation="sdpa")
+    for name, weight in made.named_parameters():
+        if hasattr(weight, "ds_tensor"):  # spread over processes; versions of the library differ in what they fill it with
+            matrix, norm = len(weight.ds_shape) > 1, "norm" in name and name.endswith("weight")
+            weight.ds_tensor.data.normal_(0, 0.02) if matrix else weight.ds_tensor.data.fill_(float(norm))
+    return made
 
 
 def responder(tiny: bool) -> tuple[Any, Any]:
@@ -151,11 +157,11 @@ def _row(number: int, words: int, draw: Any) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, tiny: bool, count: int) -> tuple[Path, Path, config.Images]:
+def write(folder: Path, tiny: bool, count: int, layers: int | None = None) -> tuple[Path, Path, config.Images]:
     """A model folder, a file of `count` pairs, and their images, for a run of the command line."""
     import torch
 
-    processor, whole = processor_and_config(tiny)
+    processor, whole = processor_and_config(tiny, layers)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model(whole, torch.float32 if tiny else torch.bfloat16, device).save_pretrained(folder / "base")
     processor.save_pretrained(folder / "base")

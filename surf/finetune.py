@@ -46,6 +46,7 @@ def main() -> None:
     if "RANK" not in os.environ:  # not started by torchrun: be the one process of a group of one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # 0: any free port
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # sizes vary from step to step: fewer gaps
     log.setLevel(logging.ERROR if checkpoints.rank() else logging.INFO)  # one voice
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     with checkpoints.alone(args.out):

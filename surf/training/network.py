@@ -1,5 +1,6 @@
 """The model as it is trained: what is frozen, adapters beside it, and what makes it faster without changing its results."""
 
+from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,50 @@ def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
             # evenly spread: what is kept and what is computed again take turns
             layers[number * len(layers) // finetune.keep_layers].gradient_checkpointing = False
     if finetune.zero_stage == 3 and finetune.gather_layers and layers:
-        from deepspeed.utils import set_z3_leaf_modules
-
-        set_z3_leaf_modules(model, [type(layers[0])])  # a layer's nine matrices are gathered by one call, under one hook
+        _gather_whole(model, finetune, layers)
     if finetune.compile:
         for layer in layers:
             layer.forward = _compiled(layer.forward)
+
+
+def _gather_whole(model: Any, finetune: Finetune, layers: list[Any]) -> None:
+    """ZeRO-3 gathers a layer's matrices by one call, under one hook: those of the language model, and frozen ones elsewhere."""
+    from deepspeed.utils import set_z3_leaf_module
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def trained(prefix: str, module: Any) -> bool:
+        return any(part in name for name, _ in module.named_parameters(prefix=prefix) for part in finetune.train)
+
+    embeddings = model.get_input_embeddings()
+    for prefix, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and (module in layers or not trained(prefix, module)):
+            set_z3_leaf_module(module, True)
+        if module is embeddings and not trained(prefix, module):
+            # a whole layer's gradients are taken when that of its input is there; the first layer's must have one, too
+            module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    _keep_host_near(layers)
+
+
+def _keep_host_near(layers: list[Any]) -> None:
+    """Let the host run at most two layers ahead of the GPU.
+
+    It would else order all layers' weights to be gathered before the first of them can be released, and the memory of the
+    whole model with them; PyTorch's FSDP has `limit_all_gathers` for the same reason.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    begun: deque[Any] = deque()
+
+    def wait(*_: Any) -> None:
+        if len(begun) == 2:
+            begun.popleft().synchronize()
+        begun.append(torch.cuda.Event())
+        begun[-1].record()
+
+    for layer in layers:
+        layer.register_forward_pre_hook(wait)
 
 
 def _compiled(forward: Any) -> Any:

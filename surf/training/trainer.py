@@ -39,6 +39,12 @@ def trainer(
             # go on with untrained weights: `network.load` has read them. (DeepSpeed's checkpoints are not read here.)
             pass
 
+        def create_optimizer(self, *args: Any, **keywords: Any) -> Any:
+            optimizer = super().create_optimizer(*args, **keywords)
+            # DeepSpeed makes the moments before it reads those of a checkpoint: both at once would not fit where training does
+            optimizer.register_load_state_dict_pre_hook(lambda own, _: own.state.clear())
+            return optimizer
+
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             # DeepSpeed's checkpoints hold the weights themselves; to gather them as well takes minutes and their room twice.
             if not (_internal_call and self.is_deepspeed_enabled):
