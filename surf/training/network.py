@@ -123,13 +123,9 @@ def _gather_whole(model: Any, finetune: Finetune, layers: list[Any]) -> None:
     def trained(prefix: str, module: Any) -> bool:
         return any(part in name for name, _ in module.named_parameters(prefix=prefix) for part in finetune.train)
 
-    embeddings = model.get_input_embeddings()
     for prefix, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and (module in layers or not trained(prefix, module)):
             set_z3_leaf_module(module, True)
-        if module is embeddings and not trained(prefix, module):
-            # a whole layer's gradients are taken when that of its input is there; the first layer's must have one, too
-            module.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
     _keep_host_near(layers)
 
 
