@@ -7,12 +7,13 @@ Whole stages are timed, `answer` and `reanswer` as they run in a job: JPEG files
 tokenized, finished rows saved. Beside them, in the same run and on rows of the same mix: generation one prompt at a time, and
 `generate` in batches of 64 prompts sorted by length.
 
-The mix is that of LLaVA-1.5's 665k training samples (Liu et al. 2023, arXiv 2310.03744, table 7), less its texts without image.
-The table gives samples. Rounds of a sample: VQAv2, GQA, OK-VQA and OCR-VQA from those datasets' own counts of questions and
-images; Visual Genome 10 (ten annotations an image, same paper); one for A-OKVQA, TextCaps, details and reasoning; RefCOCO
-(below 10, same paper) and LLaVA's conversations are set to 8 and 4. Lengths (tokens) of questions and answers are typical
-values of each kind, set here; answers end at `answer.max_new_tokens` = 100. Weights are random, so answers would ramble: each
-row is stopped at its kind's length; a batch of `generate` goes on until its longest row is done.
+The mix is that of LLaVA-1.5's 665k training samples (Liu et al. 2023, arXiv 2310.03744, table 7), less its texts without
+image. The table gives samples. Rounds of a sample: VQAv2, GQA, OK-VQA and OCR-VQA from those datasets' own counts of
+questions and images; Visual Genome 10 (ten annotations an image, same paper); one for A-OKVQA, TextCaps, details and
+reasoning; RefCOCO (below 10, same paper) and LLaVA's conversations are set to 8 and 4. Lengths (tokens) of questions and
+answers are typical values of each kind, set here, and so are the true answers, from which the stage guesses; answers end at
+`answer.max_new_tokens` = 100. Weights are random, so answers would ramble: each row is stopped at its kind's length; a batch
+of `generate` goes on until its longest row is done.
 
 Re-answers: 40 % of the rounds are wrong; 10 references with captions of 100 to 280 tokens (ShareGPT4V's are that long); a
 reference is helpful with probability 0.3, and a round is left once a helpful and a misleading one are found.
@@ -77,7 +78,9 @@ def rounds_of(images: int, seed: int) -> tuple[list[dict[str, Any]], dict[int, i
             name = f"{seed}-{image}#{number}"
             # questions of one kind differ in length by a third
             text = _words(draw, max(3, round(question * draw.uniform(0.67, 1.33))))
-            rows.append({"round_id": name, "image": f"q{seed}-{image}", "question": text, "answer": "w1", "task": "short"})
+            rows.append(
+                {"round_id": name, "image": f"q{seed}-{image}", "question": text, "answer": "w000 " * length, "task": "short"}
+            )
             for rank in range(-1, REFERENCES):
                 lengths[stable_hash(0, name, rank)] = length
     return rows, lengths
@@ -323,14 +326,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and few rows, for the CPU")
     parser.add_argument("--images", type=int, default=600, help="images of the first row; the others take a part of it")
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="lvlm.batch_tokens")
-    parser.add_argument("--batch-size", type=int, default=512, help="lvlm.batch_size")
+    parser.add_argument("--batch-size", type=int, default=1024, help="lvlm.batch_size")
     parser.add_argument("--no-compile", action="store_true", help="lvlm.compile: false")
     parser.add_argument("--profile", action="store_true", help="also the kernels that take most time (on a GPU)")
     args = parser.parse_args()
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 256, 24, 2048)
+    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 192, 16, 2048)
     options = config.Lvlm(
         dtype="float32" if args.tiny else "bfloat16",
         batch_tokens=args.batch_tokens,

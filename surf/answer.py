@@ -21,6 +21,9 @@ from surf.telemetry import Clock
 Asked = tuple[dict[str, Any], int, int | None, prompts.Reference | None]
 
 
+CHARS = 4  # of a token of English text
+
+
 def answer(
     rounds: pa.Table,
     responder: Responder,
@@ -69,6 +72,7 @@ def respond(
         Request(
             prompts.from_options(row["question"], row["image"], [reference] if reference else [], lvlm),
             stable_hash(seed, row["round_id"], rank),
+            2 + len(row["answer"]) // CHARS,  # the model will answer at about the length of the true answer
         )
         for row, rank, _, reference in asked
     ]

@@ -15,11 +15,13 @@ class Request:
     """One prompt to answer.
 
     `seed` (64 bits) drives the row's own random numbers when the temperature is above 0; derive it with
-    `surf.shards.stable_hash(seed, round_id, rank)` so that no batch, shard or device changes it.
+    `surf.shards.stable_hash(seed, round_id, rank)` so that no batch, shard or device changes it. `guess` is a guess at the
+    tokens that the answer takes, 0 for none: it orders the work and changes no answer.
     """
 
     prompt: Prompt
     seed: int = 0
+    guess: int = 0
 
 
 class Encoder(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from surf.models.prefill import Layout, Prefill
-from surf.models.prefix import BLOCK, FULL, up, wide
+from surf.models.prefix import BLOCK, FULL, coarse, wide
 from surf.models.sampling import pick, uniforms
 
 log = logging.getLogger("surf")
@@ -22,7 +22,11 @@ Names = list[list[tuple[int, int]]]
 
 STEPS = 8  # steps for which room is made at first; then twice as many each time
 GRAPHS = 64  # recorded shapes that are kept
-EAGER = 3  # steps of a shape that run before it is recorded: recording takes about as long as that many
+EAGER = 1  # steps of a shape that run before it is recorded: recording takes about as long as two
+
+
+class Full(Exception):
+    """Answers are longer than they were thought to be, and the batch needs more places than there are."""
 
 
 def generate(
@@ -35,6 +39,7 @@ def generate(
     ends: frozenset[int],
     temperature: float,
     seeds: Sequence[Sequence[int]],
+    room: int,
 ) -> list[list[list[int]]]:
     """New tokens of every prompt, by group and row, without the end token.
 
@@ -44,6 +49,10 @@ def generate(
         limit: new tokens, at most.
         ends: tokens that end an answer.
         seeds: of each prompt, by group and row.
+        room: places in the key-value cache, at most; one group may take more.
+
+    Raises:
+        Full: the room does not suffice.
     """
     import torch
 
@@ -59,8 +68,8 @@ def generate(
         flat = uniforms(seed.reshape(-1), range(first, first + count)) if temperature else np.zeros((seed.size, count))
         return torch.from_numpy(flat).to(device).view(*seed.shape, count)
 
-    last = (layout.lengths - 1)[:, :, None, None].expand(-1, -1, 1, hidden.shape[-1])
-    ids = pick(prefill.head(hidden.gather(2, last).squeeze(2)), temperature, uniform(0, 1)[:, :, 0])
+    last = layout.last[:, :, None].expand(-1, -1, hidden.shape[-1])
+    ids = pick(prefill.head(hidden.gather(1, last)), temperature, uniform(0, 1)[:, :, 0])
     positions = layout.prefix_lengths[:, None] + layout.lengths
     mask = layout.prompt_mask(layout.end)
     alive = _keep(ids.tolist(), names, made, ends, limit)
@@ -74,6 +83,8 @@ def generate(
         seed = seed[kept[:, None], index]
         pair = torch.from_numpy(kept).to(device)[:, None], torch.from_numpy(index).to(device)
         used, length = mask.shape[-1], places(mask.shape[-1], index.shape[1], block)
+        if len(kept) > 1 and len(kept) * length > room:
+            raise Full
         prefill.slots.regroup(kept, used, length)
         mask = torch.nn.functional.pad(mask[pair], (0, length - used))
         run = steps.start(ids[pair], positions[pair], mask, used, temperature)
@@ -91,7 +102,7 @@ def generate(
 
 def places(used: int, width: int, steps: int) -> int:
     """Places of a group with room for some more steps."""
-    return up(used + wide(width) * steps, BLOCK)
+    return coarse(used + wide(width) * steps, BLOCK)
 
 
 def _all(names: Names) -> tuple[list[list[int]], np.ndarray]:
@@ -103,11 +114,11 @@ def _all(names: Names) -> tuple[list[list[int]], np.ndarray]:
 def _alive(names: Names) -> tuple[list[list[int]], np.ndarray]:
     """(rows to keep of each group that is kept, −1 to fill up; the groups): as few and as narrow as the unfinished allow.
 
-    Some finished groups stay, so that the number of groups is a multiple of `FULL` and shapes occur again.
+    Some finished groups stay, so that few numbers of groups occur, and shapes again.
     """
     rows = [[row for row, name in enumerate(own) if name != (-1, -1)] for own in names]
     order = sorted(range(len(rows)), key=lambda group: (not rows[group], group))
-    kept = sorted(order[: up(sum(map(bool, rows)), FULL)])
+    kept = sorted(order[: coarse(sum(map(bool, rows)), FULL)])
     width = wide(max(map(len, rows)))
     return [rows[group] + [-1] * (width - len(rows[group])) for group in kept], np.array(kept)
 

@@ -3,12 +3,13 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from surf import adapters, config, processing, prompts
 from surf.errors import SurfError
 from surf.images import Images
-from surf.models import Request, prefix
+from surf.models import Request, decode, prefix
 from surf.models.sampling import Pick
 from surf.models.shared import Shared
 
@@ -77,7 +78,7 @@ class Lvlm:
             assert self.shared is not None
             self.shared.reserve(self.budget)
             seeds = [[requests[row].seed for row in one.rows] for one in batch]
-            made = self.shared.generate(batch, pixels, max_new_tokens, temperature, seeds)
+            made = self.shared.generate(batch, pixels, max_new_tokens, temperature, seeds, self.budget)
             return self._texts([tokens for own in made for tokens in own])
 
         self._run(requests, ids, [0] * len(ids), max_new_tokens, plain, shared, answers)
@@ -120,7 +121,8 @@ class Lvlm:
         for row, (request, own) in enumerate(zip(requests, ids, strict=True)):
             first, suffix = prefix.split(own, self.processor.image_token_id)
             if self.shared and first and len(suffix) > kept[row]:
-                sharing.append((row, first, suffix, request.prompt.images))
+                new = min(new_tokens, max(prefix.SHORT, 2 * request.guess) if request.guess else new_tokens)
+                sharing.append((row, first, suffix, request.prompt.images, new))
             else:
                 alone.append(row)
         groups = prefix.group(sharing, self.processor.image_token_id, self.image_tokens)
@@ -128,8 +130,12 @@ class Lvlm:
         try:
             with self.lock:
                 while groups:
-                    batch = prefix.take(groups, new_tokens, self.budget, self.options.batch_size)
-                    made = self._within_memory(lambda b: shared(b, pixels), batch, prefix.cost(batch, new_tokens))
+                    batch = prefix.take(groups, self.budget, self.options.batch_size)
+                    try:
+                        made = self._within_memory(lambda b: shared(b, pixels), batch, prefix.cost(batch))
+                    except decode.Full:  # a wrong guess: once more, with room for the longest answers
+                        groups[:0] = [replace(one, new=new_tokens) for one in batch]
+                        continue
                     if made is None:
                         groups[:0] = batch
                         continue

@@ -109,9 +109,16 @@ class Slots:
 class Layout:
     """Where the tokens of a batch of groups stand, as tensors on the model's device.
 
+    The suffixes of a group stand one behind the other; only the group's last one is filled up.
+
     Attributes:
-        width: prompts of the widest group; narrower ones are filled up with prompts of one token.
+        width: prompts of the widest group; narrower ones are filled up with prompts without a suffix.
         start: places of the prefix; new tokens begin at `end`.
+        suffix: places of a group's suffixes.
+        first: of each group, where each suffix begins, counted from `start`.
+        owner: int64 [groups, suffix], the prompt that a token belongs to, -1 for none.
+        order: int64 [groups, suffix], its place in its own suffix.
+        lengths, last: int64 [groups, width], tokens of each suffix (0 where there is none), and where its last token stands.
     """
 
     def __init__(self, batch: Sequence[Group], expanded: Sequence[Sequence[int]], pad: int, device: Any) -> None:
@@ -120,21 +127,26 @@ class Layout:
 
         self.groups, self.width = len(batch), max(len(one.rows) for one in batch)
         self.start = up(max(one.length for one in batch), ALIGN)
-        self.suffix = up(max(len(one.suffixes[0]) for one in batch), ALIGN)
-        self.end = self.start + self.width * self.suffix
+        self.suffix = up(max(one.tokens for one in batch), ALIGN)
+        self.end = self.start + self.suffix
         prefix = np.full((self.groups, self.start), pad, np.int64)
-        suffix = np.full((self.groups, self.width, self.suffix), pad, np.int64)
-        lengths = np.ones((self.groups, self.width), np.int64)
+        suffix = np.full((self.groups, self.suffix), pad, np.int64)
+        owner, order = np.full_like(suffix, -1), np.zeros_like(suffix)
+        lengths = np.zeros((self.groups, self.width), np.int64)
+        self.first: list[list[int]] = []
         for number, (one, ids) in enumerate(zip(batch, expanded, strict=True)):
             prefix[number, : one.length] = ids
-            for row, tokens in enumerate(one.suffixes):
-                suffix[number, row, : len(tokens)] = tokens
-                lengths[number, row] = len(tokens)
-        self.real = lengths  # int64 [groups, width], on the host
-        self.prefix_ids = torch.from_numpy(prefix).to(device)
-        self.suffix_ids = torch.from_numpy(suffix).flatten(1).to(device)
+            sizes = [len(tokens) for tokens in one.suffixes]
+            lengths[number, : len(sizes)] = sizes
+            suffix[number, : one.tokens] = np.concatenate(one.suffixes)
+            owner[number, : one.tokens] = np.repeat(np.arange(len(sizes)), sizes)
+            order[number, : one.tokens] = np.concatenate([np.arange(size) for size in sizes])
+            self.first.append([0, *np.cumsum(sizes)[:-1].tolist()])
+        last = np.maximum(np.cumsum(lengths, 1) - 1, 0)
+        self.prefix_ids, self.suffix_ids, self.owner, self.order, self.lengths, self.last = (
+            torch.from_numpy(of).to(device) for of in (prefix, suffix, owner, order, lengths, last)
+        )
         self.prefix_lengths = torch.tensor([one.length for one in batch], device=device)
-        self.lengths = torch.from_numpy(lengths).to(device)
 
     def prompt_mask(self, length: int) -> Any:
         """bool [groups, width, length]: the places that a prompt may look at once its suffix is read."""
@@ -142,30 +154,18 @@ class Layout:
 
         place = torch.arange(length, device=self.lengths.device)
         mask = (place < self.prefix_lengths[:, None, None]).expand(-1, self.width, -1).clone()
-        mask[:, :, self.start : self.end] = self._own().flatten(3).any(2)
+        rows = torch.arange(self.width, device=self.lengths.device)
+        mask[:, :, self.start : self.end] = self.owner[:, None] == rows[:, None]
         return mask
 
     def suffix_mask(self) -> Any:
-        """bool [groups, 1, width x suffix, end]: the prefix, and the tokens before it in its own suffix."""
+        """bool [groups, 1, suffix, end]: the prefix, and the tokens before it in its own suffix."""
         import torch
 
-        tokens = self.width * self.suffix
         place = torch.arange(self.start, device=self.lengths.device)
-        prefix = (place < self.prefix_lengths[:, None, None]).expand(-1, tokens, -1)
-        order = torch.arange(self.suffix, device=self.lengths.device)
-        before = (order[None] <= order[:, None])[:, None, :]  # [token, 1, its own suffix]
-        same = torch.eye(self.width, dtype=torch.bool, device=self.lengths.device)[:, None, :, None]
-        own = (same & before[None]).reshape(tokens, tokens).expand(self.groups, -1, -1)
+        prefix = (place < self.prefix_lengths[:, None, None]).expand(-1, self.suffix, -1)
+        own = (self.owner[:, :, None] == self.owner[:, None]).tril()
         return torch.cat([prefix, own], -1)[:, None]
-
-    def _own(self) -> Any:
-        """bool [groups, prompt, 1, prompt whose suffix it is, token]."""
-        import torch
-
-        order = torch.arange(self.suffix, device=self.lengths.device)
-        real = order < self.lengths[:, :, None]  # [groups, prompt, token]
-        same = torch.eye(self.width, dtype=torch.bool, device=self.lengths.device)
-        return (same[None, :, :, None] & real[:, None, :, :])[:, :, None]
 
 
 class Prefill:
@@ -194,14 +194,9 @@ class Prefill:
         self.decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=self.slots, use_cache=True)
 
     def suffix(self, layout: Layout) -> Any:
-        """Read the suffixes behind the prefixes: hidden states [groups, width, suffix, hidden]."""
-        import torch
-
+        """Read the suffixes behind the prefixes: hidden states [groups, suffix, hidden]."""
         self.slots.span = (layout.start, layout.end)
-        positions = layout.prefix_lengths[:, None, None] + torch.arange(layout.suffix, device=layout.lengths.device)
-        positions = positions.expand(-1, layout.width, -1).flatten(1)
-        hidden = self.forward(layout.suffix_ids, positions, layout.suffix_mask())
-        return hidden.unflatten(1, (layout.width, layout.suffix))
+        return self.forward(layout.suffix_ids, layout.prefix_lengths[:, None] + layout.order, layout.suffix_mask())
 
     def forward(self, ids: Any, positions: Any, mask: Any) -> Any:
         """Hidden states [groups, tokens, hidden] of text tokens."""

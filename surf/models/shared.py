@@ -115,7 +115,13 @@ class Shared:
         return Ahead(self.threads, self._pixels, [name for name in names if name not in self.features])
 
     def generate(
-        self, batch: Sequence[Group], pixels: Any, limit: int, temperature: float, seeds: Sequence[Sequence[int]]
+        self,
+        batch: Sequence[Group],
+        pixels: Any,
+        limit: int,
+        temperature: float,
+        seeds: Sequence[Sequence[int]],
+        room: int,
     ) -> list[list[list[int]]]:
         """New tokens of each prompt, by group and row; see `decode.generate`."""
         import torch
@@ -134,6 +140,7 @@ class Shared:
                     ends=self.ends,
                     temperature=temperature,
                     seeds=seeds,
+                    room=room,
                 )
 
     def loglik(self, batch: Sequence[Group], pixels: Any, sizes: Sequence[Sequence[int]]) -> list[float]:
@@ -146,18 +153,18 @@ class Shared:
                 hidden = self.prefill.suffix(layout)
                 # [answer tokens of all prompts, hidden]: nothing else goes through the head
                 at = [
-                    (g, r, place)
+                    (g, first + place)
                     for g, (one, own) in enumerate(zip(batch, sizes, strict=True))
-                    for r, (suffix, size) in enumerate(zip(one.suffixes, own, strict=True))
+                    for first, suffix, size in zip(layout.first[g], one.suffixes, own, strict=True)
                     for place in range(len(suffix) - size - 1, len(suffix) - 1)
                 ]
-                groups, rows, spots = torch.tensor(at, device=hidden.device).unbind(1)
-                target = layout.suffix_ids.view(*hidden.shape[:3])[groups, rows, spots + 1]
+                groups, spots = torch.tensor(at, device=hidden.device).unbind(1)
+                target = layout.suffix_ids[groups, spots + 1]
                 flat = [size for own in sizes for size in own]
                 scores = []
                 for part in range(0, len(at), 4096):
                     piece = slice(part, part + 4096)
-                    logits = self.prefill.head(hidden[groups[piece], rows[piece], spots[piece]]).float()
+                    logits = self.prefill.head(hidden[groups[piece], spots[piece]]).float()
                     scores.append(logits.log_softmax(-1).gather(-1, target[piece, None])[:, 0])
                 means = [own.mean() for own in torch.cat(scores).split(flat)]
                 return [float(value) for value in torch.stack(means).tolist()]
@@ -184,17 +191,17 @@ class Shared:
         parts = [split(processing.token_ids(self.processor, text), self.image) for text in texts]
         if any(not suffix for _, suffix in parts):
             return "the chat template closes with the image"
-        rows = [(row, *part, prompt.images) for row, (part, prompt) in enumerate(zip(parts, made, strict=True))]
+        rows = [(row, *part, prompt.images, 4) for row, (part, prompt) in enumerate(zip(parts, made, strict=True))]
         batch = group(rows, self.image, self.image_tokens)
         worst = 0.0
         try:
             with torch.inference_mode():
                 ahead = self.ahead(batch)
-                found = self.generate(batch, ahead, 4, 0.0, [[0] * len(one.rows) for one in batch])
+                found = self.generate(batch, ahead, 4, 0.0, [[0] * len(one.rows) for one in batch], 2**30)
                 new = {row: ids for one, own in zip(batch, found, strict=True) for row, ids in zip(one.rows, own, strict=True)}
-                longer = [(row, first, (*last, *new[row]), images) for row, first, last, images in rows]
+                longer = [(row, first, (*last, *new[row]), images, 0) for row, first, last, images, _ in rows]
                 ours = self._logits(group(longer, self.image, self.image_tokens), ahead)
-                for row, _, suffix, images in longer:
+                for row, _, suffix, images, _ in longer:
                     pictures = [[self.images.open(name) for name in images]]
                     inputs = processing.encode(self.processor, [texts[row]], pictures, padding_side="right", lvlm=self.options)
                     inputs = inputs.to(self.model.device, dtype=self.model.dtype)
@@ -217,9 +224,9 @@ class Shared:
         layout = self._prefix(batch, pixels, 0)
         hidden = self.prefill.suffix(layout)
         return {
-            row: self.prefill.head(hidden[g, r, : len(one.suffixes[r])])
+            row: self.prefill.head(hidden[g, first : first + len(suffix)])
             for g, one in enumerate(batch)
-            for r, row in enumerate(one.rows)
+            for row, first, suffix in zip(one.rows, layout.first[g], one.suffixes, strict=True)
         }
 
     def _prefix(self, batch: Sequence[Group], pixels: Any, steps: int) -> Layout:

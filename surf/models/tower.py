@@ -54,6 +54,9 @@ class Attention(nn.Module):
 class Linear8(nn.Module):
     """A linear layer of float8_e4m3fn weights and inputs: one scale for each output and, found anew each time, each token."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, old: nn.Linear) -> None:
         super().__init__()
         weight, scale = _eight_bits(old.weight.detach())

@@ -1,6 +1,7 @@
 """Shared prefixes: the fast way to answers gives what the model's own `generate` and forward pass give."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from surf import config, prompts
 from surf.errors import ImageError
 from surf.images import Images
-from surf.models import Request, lvlm, prefix, shared
+from surf.models import Request, decode, lvlm, prefix, shared
 from surf.models.features import Ahead, Features, pool
 from surf.prompts import Reference
 from surf.shards import stable_hash
@@ -164,23 +165,49 @@ def test_groups_and_batches():
     image = 9
     assert prefix.split([1, 9, 2, 9, 3, 4], image) == ((1, 9, 2, 9), (3, 4))
     assert prefix.split([1, 2], image) == ((), (1, 2)) and prefix.split([1, 9], image) == ((1, 9), ())
-    asked = [(n, (1, 9), (5,) * (n % 3 + 1), (f"{n % 2}.png",)) for n in range(7)] + [(7, (1, 2, 9), (5,), ("0.png",))]
+    asked = [(n, (1, 9), (5,) * (n % 3 + 1), (f"{n % 2}.png",), 10) for n in range(7)]
+    asked += [(7, (1, 2, 9), (5,), ("0.png",), 3), (8, (1, 9), (5,), ("2.png",), 60)]
     groups = prefix.group(asked, image, 4)
-    assert sorted((one.images[0], one.length, sorted(one.rows)) for one in groups) == [
-        ("0.png", 5, [0, 2, 4, 6]),
-        ("0.png", 6, [7]),
-        ("1.png", 5, [1, 3, 5]),
+    assert [(one.images[0], one.length, sorted(one.rows), one.tokens, one.new) for one in groups] == [
+        ("2.png", 5, [8], 1, 60),  # answers of similar length stand together, the longest first
+        ("0.png", 5, [0, 2, 4, 6], 1 + 3 + 2 + 1, 10),
+        ("1.png", 5, [1, 3, 5], 2 + 1 + 3, 10),
+        ("0.png", 6, [7], 1, 3),
     ]
     # whatever the budget, each prompt comes once, and a batch keeps to the budget unless it is one prompt
     for budget in (1, 100, 200, 10_000):
         for size in (1, 3, 100):
             left, rows = prefix.group(asked, image, 4), []
             while left:
-                batch = prefix.take(left, 10, budget, size)
+                batch = prefix.take(left, budget, size)
                 own = [row for one in batch for row in one.rows]
-                assert len(own) == 1 or (prefix.cost(batch, 10) <= budget and len(own) <= size)
+                assert len(own) == 1 or (prefix.cost(batch) <= budget and len(own) <= size)
                 rows += own
-            assert sorted(rows) == list(range(8))
+            assert sorted(rows) == list(range(9))
+
+
+def test_few_shapes_occur():
+    made = {prefix.coarse(number, 8) for number in range(1, 129)}
+    assert made == {8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128}
+    assert all(number <= prefix.coarse(number, 8) <= 1.25 * number for number in range(8, 500) if number > 32)
+
+
+def test_a_wrong_guess_at_the_length_costs_time_and_nothing_else(fast, slow, monkeypatch):
+    requests = [replace(request, guess=1) for request in some(24)]
+    monkeypatch.setattr(fast, "budget", 700)  # enough for short answers of several groups
+    raised = []
+    generate = fast.shared.generate
+
+    def watched(*words):
+        try:
+            return generate(*words)
+        except decode.Full:
+            raised.append(1)
+            raise
+
+    monkeypatch.setattr(fast.shared, "generate", watched)
+    assert fast.respond(requests, max_new_tokens=60) == slow.respond(requests, max_new_tokens=60)
+    assert raised and fast.budget == 700
 
 
 def test_who_may_share_prefixes(fast, monkeypatch):
