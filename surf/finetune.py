@@ -23,7 +23,7 @@ from surf.config import Finetune, Images, Lvlm
 from surf.errors import SurfError
 from surf.processing import load_processor
 from surf.samples import collate, make_samples
-from surf.training import card, network, packing
+from surf.training import card, fused, network, packing
 from surf.training.arguments import arguments
 from surf.training.order import schedule
 from surf.training.processes import leave, share, signals
@@ -125,6 +125,7 @@ def _save(running: Any, finetune: Finetune, lvlm: Lvlm, result: dict[str, Any], 
     if whole and running.args.bf16 and not running.is_deepspeed_enabled:
         running.model.to(torch.bfloat16)
     packing.disable(running.model)  # its name would be saved with the model
+    fused.disable(running.model)
     running.save_model(str(folder))
     if checkpoints.rank():
         return

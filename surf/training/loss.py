@@ -21,11 +21,11 @@ def enable(model: Any, chunk: int) -> None:
     projected = head.forward
 
     def forward(*, labels: Any, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        # before the model runs: the host waits here for their number, while nothing is queued that it would have to wait for
+        rows, places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         hidden = body(**inputs, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
-        with_loss = targets != IGNORED
-        total = head(hidden[:, :-1][with_loss], targets[with_loss])
-        return CausalLMOutput(loss=total / (with_loss.sum() if num_items_in_batch is None else num_items_in_batch))
+        total = head(hidden[rows, places], labels[rows, places + 1])
+        return CausalLMOutput(loss=total / (len(rows) if num_items_in_batch is None else num_items_in_batch))
 
     def head_forward(hidden: Any, targets: Any) -> Any:
         # inside the head's own call: under ZeRO-3 its weight is gathered here once, however many chunks a process has

@@ -9,7 +9,7 @@ from surf import adapters
 from surf.config import Finetune, Lvlm
 from surf.errors import SurfError
 from surf.processing import stop_at_end
-from surf.training import loss, packing
+from surf.training import fused, loss, packing
 
 
 def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:
@@ -45,8 +45,11 @@ def prepare(model: Any, finetune: Finetune, processor: Any, adapter: str | None 
     Returns:
         the model, and the number of its parameters that are trained.
     """
+    import torch
+
     stop_at_end(model, processor)
     _speed_up(model, finetune, processor)
+    text, layers = _text(model), decoder(model)
     trained = {name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)}
     if not trained:
         top = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
@@ -57,6 +60,8 @@ def prepare(model: Any, finetune: Finetune, processor: Any, adapter: str | None 
             parameter.requires_grad_(name in trained)
     else:
         model = _with_adapter(model, finetune, trained, adapter)
+    if torch.cuda.is_available() if finetune.compile is None else finetune.compile:
+        fused.enable(text, layers)  # behind the adapters: what is trained and what is not are compiled differently
     sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad]
     return model, sum(sizes)  # ZeRO-3 leaves an empty shell of a parameter, and its size in ds_numel
 
@@ -91,9 +96,11 @@ def decoder(model: Any) -> list[Any]:
     """The layers of the language model."""
     from transformers import modeling_layers
 
-    text = getattr(model.model, "language_model", None) or getattr(model.model, "text_model", None)
-    found = [module for module in (text or model).modules() if isinstance(module, modeling_layers.GradientCheckpointingLayer)]
-    return found
+    return [module for module in _text(model).modules() if isinstance(module, modeling_layers.GradientCheckpointingLayer)]
+
+
+def _text(model: Any) -> Any:
+    return getattr(model.model, "language_model", None) or getattr(model.model, "text_model", None) or model
 
 
 def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
@@ -110,9 +117,6 @@ def _speed_up(model: Any, finetune: Finetune, processor: Any) -> None:
             layers[number * len(layers) // finetune.keep_layers].gradient_checkpointing = False
     if finetune.zero_stage == 3 and finetune.gather_layers and layers:
         _gather_whole(model, finetune, layers)
-    if finetune.compile:
-        for layer in layers:
-            layer.forward = _compiled(layer.forward)
 
 
 def _gather_whole(model: Any, finetune: Finetune, layers: list[Any]) -> None:
@@ -149,12 +153,6 @@ def _keep_host_near(layers: list[Any]) -> None:
 
     for layer in layers:
         layer.register_forward_pre_hook(wait)
-
-
-def _compiled(forward: Any) -> Any:
-    import torch
-
-    return torch.compile(forward, dynamic=True)
 
 
 # --- adapters beside the weights ---------------------------------------------------------------------------------------

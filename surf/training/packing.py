@@ -58,8 +58,12 @@ def _attention(
 
     lengths = pack_lengths or [query.shape[2]]
     grouped = query.shape[1] != key.shape[1]
+    # cut as the projections have left them, (1, tokens, heads, size): their gradients are put together by one plain copy each
+    cut = [one.transpose(1, 2).split(lengths, 1) for one in (query, key, value)]
     pieces = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped)
-        for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        scaled_dot_product_attention(
+            *(one.transpose(1, 2) for one in piece), dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
+        )
+        for piece in zip(*cut, strict=True)
     ]
     return torch.cat([piece.transpose(1, 2) for piece in pieces], 1), None  # the flash kernel's own layout: one copy

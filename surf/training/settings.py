@@ -68,7 +68,12 @@ class Finetune(Section):
     gather_layers: bool = Field(
         json_schema_extra=KNOB, default=True, description="ZeRO-3 gathers whole layers, not matrix by matrix."
     )
-    compile: bool = Field(json_schema_extra=KNOB, default=False, description="torch.compile every layer of the language model.")
+    compile: bool | None = Field(
+        json_schema_extra=KNOB,
+        default=None,
+        description="Compile what stands between the language model's matrix products: norms, gated activations, rotary "
+        "positions. Takes seconds at the start; null: with a GPU.",
+    )
     workers: int | None = Field(
         json_schema_extra=KNOB,
         default=None,

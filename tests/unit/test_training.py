@@ -3,7 +3,9 @@
 import json
 import logging
 
+import families
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from test_finetune import job, rows  # noqa: F401
 from surf import config, finetune, prompts, samples
 from surf.errors import SurfError
 from surf.processing import load_processor
+from surf.training import fused, network
 from surf.training.loss import summed
 from surf.training.order import schedule
 from surf.training.speed import cost
@@ -70,6 +73,61 @@ def test_cost_counts_every_matrix_once(tiny_lvlm):
     assert (counted.layers, counted.width) == (2, 64)
     sample = samples.Sample("c#0", "", (), (), length=100, image_tokens=12)
     assert counted.flops(sample) == 600 * counted.text + 6 * 2 * 64 * 100**2 + 24 * counted.vision
+
+
+# --- compiled functions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "llava-onevision", "gemma3"])
+def test_compiled_functions_change_nothing_and_serve_all_layers(family, tmp_path, monkeypatch, caplog):
+    from torch._dynamo.utils import counters
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(fused, "BACKEND", "aot_eager")  # the machine's compiler is not what is tested
+    fused.compiled.cache_clear()
+    torch.compiler.reset()
+    caplog.set_level(logging.INFO, "surf")
+    folder = tiny.build_lvlm(tmp_path / "model") if family == "llava" else families.build(family, tmp_path / "model")
+
+    def measured(on):
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if on:
+            counters.clear()
+            assert fused.enable(network._text(model), network.decoder(model))
+        torch.manual_seed(0)
+        losses = []
+        for shape in ((1, 30), (3, 17), (2, 50)):
+            ids = torch.randint(5, 60, shape)
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+        fused.disable(model)
+        assert not any("forward" in module.__dict__ for module in model.modules())
+        return torch.stack(losses), {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    (plain, expected), (found, gradients) = measured(False), measured(True)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-3, atol=1e-5)
+    if family == "gemma3":  # its norms add one to their weights, its activation is another
+        assert "0 norms, 0 feed-forward blocks, rotary positions; as they are: Gemma3MLP, Gemma3RMSNorm" in caplog.text
+    else:
+        assert "compiled: 5 norms, 2 feed-forward blocks, rotary positions" in caplog.text
+    assert counters["stats"]["unique_graphs"] == (1 if family == "gemma3" else 3)  # for all layers and lengths
+    fused.compiled.cache_clear()
+
+
+def test_without_a_compiler_nothing_is_changed(tiny_lvlm, monkeypatch, caplog):
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(fused, "BACKEND", "no such compiler")
+    fused.compiled.cache_clear()
+    model = AutoModelForImageTextToText.from_pretrained(tiny_lvlm)
+    assert not fused.enable(network._text(model), network.decoder(model))
+    assert "nothing is compiled (" in caplog.text and len(caplog.records) == 1
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    fused.compiled.cache_clear()
 
 
 # --- verdicts ----------------------------------------------------------------------------------------------------------
