@@ -168,7 +168,7 @@ def stages(
     few = names[: 4 * args.batch_size]
     start = time.perf_counter()
     for number in images.order(names):
-        images.reader(names[number])()
+        images.read(names[number])
     yield "read", len(names) / (time.perf_counter() - start)
     files = [images.read(one) for one in few]
     exact = encoder("exact", "fp32", "off").decoder
@@ -178,7 +178,8 @@ def stages(
             list(pool.map(decoder.pixels, files))
             yield f"Pillow, decode {what}, {args.workers} threads", len(files) / (time.perf_counter() - start)
     if jpeg.available():
-        batches = [files[i : i + args.batch_size] for i in range(0, len(files), args.batch_size)]
+        encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        batches = [encoded[i : i + args.batch_size] for i in range(0, len(encoded), args.batch_size)]
         decode = lambda i: jpeg.decode(batches[i % len(batches)], exact.size, "cuda")  # noqa: E731
         yield "nvJPEG and resize", args.batch_size * rate(decode, 12)
     if torch.cuda.is_available():

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def blocks(part: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 def read_vectors(part: Path) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64 [n], vectors float32 [n, dim]) of the readable images of one part of `embeddings`."""
     table = store.read_table(part, "embeddings")
-    table = table.filter(table["embedding"].is_valid())
+    if table["embedding"].null_count:
+        table = table.filter(table["embedding"].is_valid())
     return table["image_id"].to_numpy(), to_matrix(table["embedding"])
 
 
@@ -147,10 +149,14 @@ def _lists(index: Any) -> Any:
 
 
 def _add(index: Any, parts: Sequence[Path]) -> Any:
-    for (part,) in cli.chunks(parts, 1, desc="build_index", unit="part"):
-        ids, vectors = read_vectors(part)
-        if len(ids):
-            index.add_with_ids(vectors, ids)
+    with ThreadPoolExecutor(1) as thread:  # reads the next part while this one is added
+        following = thread.submit(read_vectors, parts[0])
+        for (number,) in cli.chunks(range(len(parts)), 1, desc="build_index", unit="part"):
+            ids, vectors = following.result()
+            if number + 1 < len(parts):
+                following = thread.submit(read_vectors, parts[number + 1])
+            if len(ids):
+                index.add_with_ids(vectors, ids)
     return index
 
 

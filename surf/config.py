@@ -69,7 +69,9 @@ class Embed(Section):
         description="draft: JPEG files are decoded at a half, a quarter or an eighth of their size where that is enough; "
         "gpu: by the GPU (nvJPEG), for jobs with few cores.",
     )
-    workers: int = Field(json_schema_extra=KNOB, default=8, ge=0, description="Threads that decode images.")
+    workers: int = Field(
+        json_schema_extra=KNOB, default=8, ge=0, description="Processes that read and decode images; 0: the job's own process."
+    )
     compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = Field(
         json_schema_extra=KNOB, default="off", description="Mode of torch.compile; it takes a while, once a job."
     )

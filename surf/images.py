@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # COCO's own numbers: train2017/000000000009.jpg and COCO_train2014_000000000009.jpg are one photograph.
 _COCO = re.compile(r"(?:^|/)(?:COCO_(?:train|val|test)20\d\d_|(?:train|val|test|unlabeled)2017/)(\d{12})\.\w+$")
+_UNTIDY = re.compile(r"(?:^|/)\.?(?:/|\Z)")  # an empty step or "." in a path
 _CACHED_ROW_GROUPS = 4
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 
@@ -24,7 +25,11 @@ _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 def identity(name: str) -> str:
     """What makes two names the same photograph: COCO's number where the name carries one, else the path itself."""
     match = _COCO.search(name)
-    return f"coco:{int(match[1])}" if match else str(PurePosixPath(name))
+    if match:
+        return f"coco:{int(match[1])}"
+    return (
+        str(PurePosixPath(name)) if _UNTIDY.search(name) else name
+    )  # a path object for each of a million names takes a minute
 
 
 class Images:
@@ -71,15 +76,14 @@ class Images:
         places = [self._packed(name) or (-1, 0, 0) for name in names]
         return sorted(range(len(names)), key=lambda number: places[number])
 
-    def reader(self, name: str) -> Callable[[], bytes]:
-        """`read` for one name, to be called later: by then a packed file has been read already, by this call."""
-        if self._packed(name) is None:
-            return partial(self.read, name)
-        try:
-            data = self.read(name)
-        except ImageError:
-            return partial(self.read, name)  # and fails again where the image is asked for
-        return lambda: data
+    def reopen(self) -> None:
+        """To be called by a forked process before it reads: from now on it shares no open file and no lock with its parent.
+
+        It keeps one row group of a packed file in memory: enough for names in the `order` of reading.
+        """
+        for source in self._sources:
+            if isinstance(source, _Packed):
+                source.open(cached=1)
 
     def _packed(self, name: str) -> tuple[int, int, int] | None:
         """(number of the root, row group, row) of a packed image, or None."""
@@ -158,23 +162,27 @@ class _Packed:
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self.path = path
         try:
-            self.file = pq.ParquetFile(path)
+            self.open(_CACHED_ROW_GROUPS)
             names = self.file.schema_arrow.names
         except (OSError, pa.ArrowException) as error:
             raise SurfError(f"is no Parquet file ({error})", where=str(path), expected="an image root") from None
         if not {"image", "bytes"} <= set(names):
             raise SurfError(f"has columns {names}", where=str(path), expected="columns image and bytes")
         self.place: dict[str, tuple[int, int]] = {}
-        self.cache: OrderedDict[int, object] = OrderedDict()
-        self.lock = threading.Lock()  # a ParquetFile is not safe to read from several threads
         listed = iter(self.file.read(columns=["image"]).column("image").to_pylist())
         for group in range(self.file.num_row_groups):
             rows = range(self.file.metadata.row_group(group).num_rows)
             self.place.update((name, (group, row)) for row, name in zip(rows, listed, strict=False))
+
+    def open(self, cached: int) -> None:
+        import pyarrow.parquet as pq
+
+        self.file, self.cached = pq.ParquetFile(self.path), cached
+        self.cache: OrderedDict[int, object] = OrderedDict()
+        self.lock = threading.Lock()  # a ParquetFile is not safe to read from several threads
 
     def read(self, name: str) -> bytes | None:
         if name not in self.place:
@@ -182,7 +190,7 @@ class _Packed:
         group, row = self.place[name]
         with self.lock:
             if group not in self.cache:
-                self.cache[group] = self.file.read_row_group(group, columns=["bytes"]).column("bytes")
-                while len(self.cache) > _CACHED_ROW_GROUPS:
+                while len(self.cache) >= self.cached:
                     self.cache.popitem(last=False)
+                self.cache[group] = self.file.read_row_group(group, columns=["bytes"], use_threads=False).column("bytes")
             return bytes(self.cache[group][row].as_py())  # type: ignore[index]

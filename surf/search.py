@@ -37,9 +37,8 @@ def load(path: Path) -> Any:
         raise SurfError(f"cannot be read ({message})", where=str(path), next=f"rm {path}; snakemake {path}") from None
     if not gpu():
         return index
-    flat = vectors_of(index)
-    if flat is not None:
-        return Exact(*flat, "cuda")
+    if (flat := Exact.of(index, "cuda")) is not None:
+        return flat
     lists: Any = faiss.try_extract_index_ivf(index)
     on_disk = lists is not None and isinstance(faiss.downcast_InvertedLists(lists.invlists), faiss.OnDiskInvertedLists)
     if on_disk or not hasattr(faiss, "StandardGpuResources"):
@@ -58,25 +57,29 @@ def gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def vectors_of(index: Any) -> tuple[np.ndarray, np.ndarray] | None:
-    """(ids int64 [n], vectors float32 [n, d]) of a Flat index with ids, without a copy; None for any other index."""
-    import faiss
-
-    if not isinstance(index, faiss.IndexIDMap2):
-        return None
-    flat = faiss.downcast_index(index.index)
-    if not isinstance(flat, faiss.IndexFlat):
-        return None
-    vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
-    return faiss.vector_to_array(index.id_map), vectors
-
-
 class Exact:
-    """A Flat index on a torch device."""
+    """A Flat index on a torch device: ids int64 [n] and vectors float32 [n, d].
 
-    def __init__(self, ids: np.ndarray, vectors: np.ndarray, device: str) -> None:
-        self.ids, self.vectors, self.device = ids, vectors, device
+    Args:
+        owner: whose memory the vectors are a view of; it lives as long as this object.
+    """
+
+    def __init__(self, ids: np.ndarray, vectors: np.ndarray, device: str, owner: Any = None) -> None:
+        self.ids, self.vectors, self.device, self.owner = ids, vectors, device, owner
         self.ntotal, self.d = vectors.shape
+
+    @classmethod
+    def of(cls, index: Any, device: str) -> "Exact | None":
+        """A FAISS Flat index with ids, its vectors not copied; None for any other index."""
+        import faiss
+
+        if not isinstance(index, faiss.IndexIDMap2):
+            return None
+        flat = faiss.downcast_index(index.index)
+        if not isinstance(flat, faiss.IndexFlat):
+            return None
+        vectors = faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+        return cls(faiss.vector_to_array(index.id_map), vectors, device, owner=index)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As FAISS: (similarity float32 [n, k], ids int64 [n, k]); see `exact`."""

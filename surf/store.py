@@ -144,7 +144,9 @@ def write_table(path: Path, table: pa.Table, dataset: str, meta: Mapping[str, An
         **{f"surf.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (meta or {}).items()},
     }
     with replacing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
+        # numbers of embeddings hardly repeat: dictionaries of them make reading ten times slower, and no file smaller
+        dictionaries = dataset != "embeddings"
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", use_dictionary=dictionaries)
 
 
 def read_table(path: Path, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -1,8 +1,10 @@
 """CLIP image towers by open_clip."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,7 +14,9 @@ from surf.images import Images
 from surf.models import jpeg, pipeline
 from surf.telemetry import Meter
 
-IN_FLIGHT = 2  # batches on the GPU at a time: the next one waits in line when one is done
+AHEAD = 2  # batches that are copied to the GPU, and decoded there, before the model asks for them
+IN_FLIGHT = 2  # batches in the model at a time: the next one waits in line when one is done
+T = TypeVar("T")
 
 
 def load(options: config.Embed, images: Images) -> "Clip":
@@ -86,7 +90,6 @@ class Clip:
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
         """See `surf.models.Encoder`."""
-        waiting: deque[tuple[pipeline.Batch, Callable[[], np.ndarray]]] = deque()
         made = pipeline.batches(
             names,
             self.decoder,
@@ -95,23 +98,36 @@ class Clip:
             pinned=self.device == "cuda",
             meter=self.meter,
         )
-        for batch in made:
-            waiting.append((batch, self._start(batch)))
-            if len(waiting) == IN_FLIGHT:
-                yield _finish(*waiting.popleft())
-        while waiting:
-            yield _finish(*waiting.popleft())
+        with closing(made), ThreadPoolExecutor(1, "pixels") as thread:  # nvJPEG blocks its caller: it must not be the model's
+            decoded = _early(((batch, thread.submit(self._decode, batch)) for batch in made), AHEAD)
+            begun = ((batch, self._start(*future.result())) for batch, future in decoded)
+            for batch, wait in _early(begun, IN_FLIGHT - 1):
+                yield _finish(batch, wait)
 
-    def _start(self, batch: pipeline.Batch) -> Callable[[], np.ndarray]:
-        """Begin a batch; the function that is returned waits for it: float32 [batch size, dim]."""
+    def _decode(self, batch: pipeline.Batch) -> tuple[Any, Any]:
+        """The batch's pixels on the model's device, and the event that says when they are there (None on a CPU)."""
         import torch
 
         with torch.inference_mode():
             if self.side is None:
+                return self.decode(batch), None
+            with self.meter("GPU decode" if batch.encoded else "transfer"), torch.cuda.stream(self.side):
+                pixels, ready = self.decode(batch), torch.cuda.Event()
+                ready.record()
+                return pixels, ready
+
+    def _start(self, pixels: Any, ready: Any) -> Callable[[], np.ndarray]:
+        """Begin a batch; the function that is returned waits for it: float32 [batch size, dim]."""
+        import torch
+
+        with torch.inference_mode():
+            if ready is None:
                 with self.meter("model"):
-                    vectors = self.features(batch.pixels).numpy()
+                    vectors = self.features(pixels).numpy()
                 return lambda: vectors
-            pixels = self._to_gpu(batch)
+            main = torch.cuda.current_stream()
+            main.wait_event(ready)
+            pixels.record_stream(main)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             if self.options.compile != "off":
@@ -126,32 +142,46 @@ class Clip:
 
         return wait
 
-    def _to_gpu(self, batch: pipeline.Batch) -> Any:
-        """Pixels on the GPU, copied and decoded by a stream of its own beside the model's."""
-        import torch
-
-        main = torch.cuda.current_stream()
-        with self.meter("GPU decode" if batch.encoded else "transfer"), torch.cuda.stream(self.side):
-            pixels = self.decode(batch)
-        main.wait_stream(self.side)
-        pixels.record_stream(main)
-        return pixels
-
     def decode(self, batch: pipeline.Batch) -> Any:
-        """The batch's pixels on the model's device. Files left to the GPU are decoded; what it cannot read, Pillow may."""
+        """The batch's pixels on the model's device, uint8 [batch size, height, width, 3], zeros where there is no image.
+
+        Files left to the GPU are decoded; what it cannot read, Pillow may.
+        """
         import torch
 
+        whole = torch.zeros((self.options.batch_size, *self.decoder.size, 3), dtype=torch.uint8, device=self.device)
+        for places, pixels in batch.pixels:
+            whole[_at(places)] = pixels.to(self.device, non_blocking=True)
         found = jpeg.decode(list(batch.encoded.values()), self.decoder.size, self.device)
-        for (place, data), pixels in zip(batch.encoded.items(), found, strict=True):
-            if pixels is None:
-                try:
-                    batch.pixels[place] = torch.from_numpy(self.decoder.pixels(data))
-                except ImageError as error:
-                    batch.errors[place] = error
-        whole = batch.pixels.to(self.device, non_blocking=True)
-        if good := {place: pixels for place, pixels in zip(batch.encoded, found, strict=True) if pixels is not None}:
-            whole[torch.tensor(list(good), device=self.device)] = torch.stack(list(good.values()))
+        good = [(place, pixels) for place, pixels in zip(batch.encoded, found, strict=True) if pixels is not None]
+        if good:
+            whole[_at([place for place, _ in good])] = torch.stack([pixels for _, pixels in good])
+        for place in batch.encoded.keys() - {place for place, _ in good}:
+            try:
+                whole[place] = torch.from_numpy(self.decoder.pixels(batch.encoded[place].numpy().tobytes())).to(self.device)
+            except ImageError as error:
+                batch.errors[place] = str(error)
         return whole
+
+
+def _early(items: Iterable[T], count: int) -> Iterator[T]:
+    """The items, each asked for `count` items before it is handed on."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def _at(places: Sequence[int]) -> Any:
+    """An index for these places, which ascend; a slice where they follow one another, as they mostly do."""
+    import torch
+
+    if not places or places[-1] - places[0] == len(places) - 1:
+        return slice(places[0], places[-1] + 1) if places else slice(0, 0)
+    return torch.tensor(places)
 
 
 def _precision(options: config.Embed) -> str:
@@ -162,7 +192,7 @@ def _precision(options: config.Embed) -> str:
 def _finish(batch: pipeline.Batch, wait: Callable[[], np.ndarray]) -> tuple[list[int], np.ndarray, dict[int, str]]:
     vectors = wait()[: len(batch.numbers)]
     vectors[list(batch.errors)] = 0
-    return batch.numbers, vectors, {batch.numbers[place]: str(error) for place, error in batch.errors.items()}
+    return batch.numbers, vectors, {batch.numbers[place]: error for place, error in batch.errors.items()}
 
 
 def _features(model: Any, mean: Any, std: Any, precision: str) -> Callable[[Any], Any]:

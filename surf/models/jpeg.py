@@ -39,16 +39,16 @@ def suits(data: bytes, max_pixels: int) -> bool:
         return False
 
 
-def decode(files: Sequence[bytes], size: tuple[int, int], device: str) -> list[Any]:
-    """Each file as uint8 tensor [height, width, 3] of `size` on `device`, resized (shortest edge, bicubic, antialiased)
-    and cropped at the centre as open_clip does; None where it cannot be decoded."""
+def decode(files: Sequence[Any], size: tuple[int, int], device: str) -> list[Any]:
+    """Each file (its bytes as uint8 tensor on the CPU) as uint8 tensor [height, width, 3] of `size` on `device`, resized
+    (shortest edge, bicubic, antialiased) and cropped at the centre as open_clip does; None where it cannot be decoded."""
     import torch
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as transforms
 
     found: list[Any] = [None] * len(files)
     shapes: dict[torch.Size, list[int]] = {}
-    images = _decode([torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files], device)
+    images = _decode(list(files), device)
     for number, image in enumerate(images):
         if image is not None:
             shapes.setdefault(image.shape, []).append(number)

@@ -1,10 +1,17 @@
 """The embedding pipeline with a real open_clip model of tiny size, over folders and packed files."""
 
 import copy
+import dataclasses
 import io
 import json
 import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +22,7 @@ from PIL import Image
 from surf import config, store
 from surf import embed as module
 from surf.embed import embed
-from surf.errors import ImageError, SurfError
+from surf.errors import SurfError
 from surf.images import Images
 from surf.models import clip, jpeg, pipeline
 from surf.telemetry import Clock, Meter
@@ -72,7 +79,7 @@ def catalog(*names):
 
 
 def encoder(clip_folder, *roots, **options):
-    section = config.Embed(model=f"local-dir:{clip_folder}", pretrained=None, workers=2, **options)
+    section = config.Embed(**{"model": f"local-dir:{clip_folder}", "pretrained": None, "workers": 2, **options})
     return clip.load(section, Images([str(root) for root in roots]))
 
 
@@ -115,21 +122,35 @@ def test_a_bad_image_is_null_and_named_and_batches_change_no_bit(clip_folder, pi
         assert piece["embedding"].to_pylist() == table["embedding"].to_pylist()[start:]
 
 
-def test_packed_files_are_read_group_by_group_and_give_the_same_bits(clip_folder, pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_packed_files_are_read_group_by_group_and_give_the_same_bits(clip_folder, pictures, tmp_path, monkeypatch, workers):
     names = [f"{number}.png" for number in range(20)]
     order = np.random.default_rng(0).permutation(20).tolist()
     first = pack(tmp_path / "a.parquet", [names[n] for n in order[:14]], pictures)
     second = pack(tmp_path / "b.parquet", [names[n] for n in order[14:]], pictures)
-    read = []
     group = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, number, columns: read.append(columns) or group(self, number, columns)
-    )
-    packed = encoder(clip_folder, first, second, batch_size=4)
-    read.clear()
-    vectors, errors = packed.encode(names)
-    assert errors == {} and len(read) == 7, "each row group once"
+    log = tmp_path / "groups"
+
+    def read(self, number, **options):
+        with open(log, "a") as file:
+            file.write(f"{options['columns']} {self.metadata.num_rows} {number}\n")
+        return group(self, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", read)
+    vectors, errors = encoder(clip_folder, first, second, batch_size=4, workers=workers).encode(names)
+    lines = log.read_text().splitlines()
+    assert errors == {} and len(set(lines)) == 7
+    assert len(lines) <= 7 + max(0, workers - 1), "each row group once, but for those where the stretches of two processes meet"
     assert (vectors == encoder(clip_folder, pictures, batch_size=4).encode(names)[0]).all()
+
+
+@pytest.mark.parametrize(("count", "hands"), [(0, 1), (1, 1), (5, 2), (7, 3), (9, 3), (64, 16), (79, 16)])
+def test_every_process_gets_a_stretch_of_the_order(count, hands):
+    dealt = pipeline._dealt([[number] for number in range(count)], hands)
+    assert sorted(dealt) == [[number] for number in range(count)]
+    for hand in range(hands):
+        own = [number for (number,) in dealt[hand::hands]]
+        assert own == list(range(own[0], own[0] + len(own))) if own else count < hands or count == 0
 
 
 def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch):
@@ -167,7 +188,7 @@ def test_a_broken_disk_ends_the_pipeline(clip_folder, pictures, tmp_path, monkey
     names = [f"{number}.png" for number in range(20)]
     model = encoder(clip_folder, pack(tmp_path / "a.parquet", names, pictures), batch_size=4)
 
-    def fail(self, number, columns):
+    def fail(self, number, **options):
         raise OSError("Input/output error")
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
@@ -175,14 +196,53 @@ def test_a_broken_disk_ends_the_pipeline(clip_folder, pictures, tmp_path, monkey
         model.encode(names)
 
 
-def test_a_consumer_that_stops_leaves_no_thread_behind(clip_folder, pictures):
-    import threading
-
-    before = threading.active_count()
+def test_a_consumer_that_stops_leaves_no_process_and_no_thread_behind(clip_folder, pictures):
     stream = encoder(clip_folder, pictures, batch_size=2).stream([f"{number}.png" for number in range(20)])
     next(stream)
+    assert len(multiprocessing.active_children()) == 2
     stream.close()
-    assert threading.active_count() == before
+    assert multiprocessing.active_children() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("pixels")]
+
+
+def test_a_signal_to_the_stage_ends_its_processes_and_is_theirs_no_more(clip_folder, pictures):
+    stream = encoder(clip_folder, pictures, batch_size=2).stream([f"{number}.png" for number in range(20)])
+    next(stream)
+    processes = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGUSR1):  # as a terminal or Slurm sends them, to all processes of a job
+        for process in processes:
+            os.kill(process.pid, number)
+    next(stream)
+    assert all(process.is_alive() for process in processes)
+    with pytest.raises(SystemExit):
+        stream.throw(SystemExit(143))
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_a_process_that_is_killed_ends_the_stage_with_a_reason(clip_folder, pictures, monkeypatch):
+    decode = pipeline.Decoder.pixels
+
+    def killed(self, data):
+        if data == (pictures / "9.png").read_bytes():
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+        return decode(self, data)
+
+    monkeypatch.setattr(pipeline.Decoder, "pixels", killed)
+    handler = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(SurfError, match=r"process that decodes was ended \(exit code -9.*next: fewer embed\.workers"):
+        encoder(clip_folder, pictures, batch_size=2).encode([f"{number}.png" for number in range(20)])
+    assert multiprocessing.active_children() == [] and signal.getsignal(signal.SIGCHLD) is handler
+
+
+def test_no_more_processes_than_shared_memory_is_enough_for(clip_folder, pictures, monkeypatch, caplog):
+    names = [f"{number}.png" for number in range(20)]
+    expected = encoder(clip_folder, pictures, batch_size=4).encode(names)[0]
+    piece = 4 * 32 * 32 * 3
+    for free, left in ((9 * piece, 2), (5 * piece, 1), (piece, 0)):
+        monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path, free=free: mock.Mock(free=free))
+        assert pipeline._fitting(2, piece) == left
+        assert (encoder(clip_folder, pictures, batch_size=4).encode(names)[0] == expected).all()
+    assert "--shm-size" in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -257,6 +317,12 @@ def test_eight_bits_need_a_tower_that_is_known():
 # --- fast decoding -----------------------------------------------------------------------------------------------------
 
 
+def tensor(data):
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
 def exact(data, size):
     """open_clip's own pixels, uint8 [size, size, 3]."""
     from torchvision import transforms
@@ -272,7 +338,7 @@ def test_fast_pixels_of_a_real_photograph_are_close(photograph, size):
 
     crop = transforms.Compose([transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)])
     draft = pipeline.Decoder(Images([]), crop, (size, size), draft=True).pixels(photograph)
-    (gpu,) = jpeg.decode([photograph], (size, size), "cpu")
+    (gpu,) = jpeg.decode([tensor(photograph)], (size, size), "cpu")
     for pixels, most in ((draft, 3.0), (gpu.numpy(), 1.0)):
         assert pixels.shape == (size, size, 3) and pixels.dtype == np.uint8
         assert np.abs(pixels - exact(photograph, size)).mean() < most, "grey levels of 255"
@@ -280,6 +346,7 @@ def test_fast_pixels_of_a_real_photograph_are_close(photograph, size):
 
 def test_bad_files_do_not_spoil_the_good_ones(photograph):
     files = [photograph, b"\xff\xd8 no jpeg \xff\xd9", noise(1, (50, 70), "JPEG"), photograph[:2000], photograph]
+    files = [tensor(data) for data in files]
     found = jpeg.decode(files, (32, 32), "cpu")
     assert found[1] is None
     for one, file in zip(found, files, strict=True):
@@ -310,16 +377,20 @@ def test_only_plain_whole_jpegs_are_left_to_the_gpu(photograph):
 
 def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_path):
     """The GPU's part of the work, on the CPU: one file that its decoder refuses, one that nobody can read, one good one."""
-    import torch
-
-    odd = noise(3, (40, 40))  # a PNG, as if it had looked like a JPEG
-    model = encoder(clip_folder, tmp_path, batch_size=4, decode="gpu")
-    batch = pipeline.Batch([7, 8, 9], torch.zeros((4, 32, 32, 3), dtype=torch.uint8))
-    batch.encoded = {0: photograph, 1: odd, 2: b"nothing"}
+    good, odd = noise(2, (40, 40)), noise(3, (40, 40))  # the odd one is a PNG, as if it had looked like a JPEG
+    for name, data in {"good": good, "photograph": photograph, "odd": odd, "nothing": b"nothing"}.items():
+        (tmp_path / name).write_bytes(data)
+    model = encoder(clip_folder, tmp_path, batch_size=8, decode="gpu")
+    decoder = dataclasses.replace(model.decoder, on_gpu=lambda data: data != good)
+    batch = pipeline.Batch()
+    batch.add([5, 6], decoder.piece(["good", "photograph"]))
+    batch.add([7, 8, 9, 10], pickle.loads(pickle.dumps(decoder.piece(["odd", "gone", "good", "nothing"]))))
     pixels = model.decode(batch).numpy()
-    assert np.abs(pixels[0] - exact(photograph, 32)).mean() < 1.5
-    assert (pixels[1] == exact(odd, 32)).all() and not pixels[2:].any()
-    assert list(batch.errors) == [2] and isinstance(batch.errors[2], ImageError)
+    assert (pixels[0] == exact(good, 32)).all() and (pixels[4] == pixels[0]).all()
+    assert np.abs(pixels[1] - exact(photograph, 32)).mean() < 1.5
+    assert (pixels[2] == exact(odd, 32)).all() and not pixels[3].any() and not pixels[5:].any()
+    assert batch.numbers == [5, 6, 7, 8, 9, 10] and sorted(batch.errors) == [3, 5]
+    assert "no such image" in batch.errors[3] and "cannot be decoded" in batch.errors[5]
 
 
 def test_the_log_says_what_bounds_the_stage(tmp_path, caplog):

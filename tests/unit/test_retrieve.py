@@ -1,5 +1,7 @@
 """Retrieval against a plain numpy search; copies of the query are left out wherever they rank. Indexes of every size."""
 
+from pathlib import PurePosixPath
+
 import faiss
 import numpy as np
 import plain
@@ -60,6 +62,11 @@ def test_forty_copies_of_the_query_do_not_hide_the_neighbours():
     table = retrieve(["q.jpg"], query, index_of(corpus), names, options(5))
     assert table.num_rows == 5
     assert min(table["image_id"].to_pylist()) >= 40
+
+
+@given(st.text("ab./", max_size=8))
+def test_a_name_is_its_path(name):
+    assert identity(name) == str(PurePosixPath(name))
 
 
 def test_the_same_photograph_under_another_name_is_left_out():
@@ -187,11 +194,10 @@ def test_torch_finds_what_faiss_finds(seed, size, k, tied):
         corpus = corpus[rng.integers(0, max(1, size // 4), size)]
     queries = unit(rng, 5)
     index = index_of(corpus)
-    flat = search.vectors_of(index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "BLOCK_ROWS", 16)
         patch.setattr(search, "BLOCK_QUERIES", 2)
-        similarity, ids = search.Exact(*flat, "cpu").search(queries, k)
+        similarity, ids = search.Exact.of(index, "cpu").search(queries, k)
     theirs, their_ids = index.search(queries, k)
     np.testing.assert_allclose(similarity[ids >= 0], theirs[ids >= 0], atol=1e-6)
     assert ((ids >= 0) == (their_ids >= 0)).all()
@@ -200,6 +206,22 @@ def test_torch_finds_what_faiss_finds(seed, size, k, tied):
         assert [set(row) for row in ids.tolist()] == [set(row) for row in their_ids.tolist()]
     same = similarity[:, 1:] == similarity[:, :-1]
     assert (np.diff(ids, axis=1)[same & (ids[:, 1:] >= 0)] > 0).all(), "equal similarities stand by id"
+
+
+def test_vectors_of_a_loaded_index_live_as_long_as_they_are_searched(tmp_path, monkeypatch):
+    """Where there is a GPU torch reads FAISS's own memory, which must not be freed with the index."""
+    import gc
+
+    corpus = unit(np.random.default_rng(6), 2000)
+    write(index_of(corpus), tmp_path / "index.faiss")
+    monkeypatch.setattr(search, "gpu", lambda: True)
+    of = search.Exact.of
+    monkeypatch.setattr(search.Exact, "of", lambda index, device: of(index, "cpu"))
+    found = search.load(tmp_path / "index.faiss")
+    gc.collect()
+    other = [np.full(corpus.shape, 7, np.float32) for _ in range(20)]  # takes what was freed
+    assert (found.vectors == corpus).all() and len(other) == 20
+    assert (found.search(corpus[:50], 1)[1][:, 0] == np.arange(50)).all()
 
 
 copies = st.sampled_from(["a.jpg", "b.jpg", "c.jpg", "d.jpg", "val2017/000000000001.jpg", "train2017/000000000001.jpg"])
