@@ -235,7 +235,7 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as found:
-            work(max(6, images // 8), 4, fixed)
+            work(max(6, images // 40), 4, fixed)
         kernels = sorted(found.key_averages(), key=lambda one: -one.self_device_time_total)
         whole = sum(one.self_device_time_total for one in kernels)
         return [[one.key[:90], one.count, f"{one.self_device_time_total / whole:.1%}"] for one in kernels[:16]]
@@ -333,7 +333,7 @@ def main() -> None:
     import logging
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 192, 16, 2048)
+    sizes = Sizes(6, 8, 2, 16) if args.tiny else Sizes(args.images, 128, 8, 2048)
     options = config.Lvlm(
         dtype="float32" if args.tiny else "bfloat16",
         batch_tokens=args.batch_tokens,
