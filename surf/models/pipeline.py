@@ -225,9 +225,8 @@ def _made(dataset: _Pieces, workers: int, pinned: bool) -> Iterator[Piece]:
             raise
         again = "fewer embed.workers, a smaller embed.batch_size or more memory for the job; finished rows are kept"
         raise SurfError(found, where="embed", next=again) from error
-    except BaseException:
-        for process in processes:
-            process.terminate()  # what it decodes, nobody will ask for
+    finally:
+        for process in processes:  # after an error or a signal; what they decode, nobody will ask for
+            process.terminate()
         for process in processes:
             process.join()
-        raise

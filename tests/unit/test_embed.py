@@ -194,6 +194,7 @@ def test_a_broken_disk_ends_the_pipeline(clip_folder, pictures, tmp_path, monkey
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     with pytest.raises(OSError, match="Input/output error"):
         model.encode(names)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_consumer_that_stops_leaves_no_process_and_no_thread_behind(clip_folder, pictures):
