@@ -43,7 +43,8 @@ class Piece:
 
     def pin_memory(self) -> "Piece":
         """Called by the DataLoader: from page-locked memory a GPU copies faster and in the background."""
-        self.pixels = self.pixels.pin_memory()
+        if self.places:
+            self.pixels = self.pixels.pin_memory()
         return self
 
 
