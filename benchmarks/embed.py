@@ -13,7 +13,7 @@ import functools
 import io
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from surf import config, store
 from surf.embed import embed
 from surf.images import Images
-from surf.models import clip, jpeg
+from surf.models import clip, jpeg, pipeline
 from surf.telemetry import Meter
 
 DISTINCT = 500  # different drawings; more images repeat them under other names
@@ -67,17 +67,36 @@ def main() -> None:
             return config.Embed(**words, decode=decode, precision=precision, compile=compile)
 
         @functools.cache
-        def encoder(*way: str) -> clip.Clip:
+        def loaded(precision: str) -> clip.Clip:
             torch.manual_seed(0)
-            return clip.load(options(*way), images)
+            with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random weights are made there
+                return clip.load(options("exact", precision, "off"), images)
+
+        @functools.cache
+        def encoder(decode: str, precision: str, compile: str) -> clip.Clip:
+            base = loaded(precision)
+            own = clip.Clip(base.model, base.transform, images, options(decode, precision, compile), base.device)
+            own.features = features(own, precision, compile)
+            return own
+
+        compiled: dict[tuple[str, str], Callable[..., Any]] = {}
+
+        def features(own: clip.Clip, *mode: str) -> Callable[..., Any]:
+            return compiled.setdefault(mode, own.features)  # type: ignore[arg-type] # ways that differ in decoding share it
 
         flop = operations(encoder("exact", "fp32", "off"))
         limit = tensor_flops() / flop
         kind = f"{args.model.split('/')[-1]}, {flop / 1e9:.1f} GFLOP an image, batch {args.batch_size}"
         print(f"{common.machine()}\n{kind}; JPEG files of {size[0]}x{size[1]}, {mean / 1000:.0f} KB on average\n", flush=True)
         exact = options("exact", "fp32", "off")
-        rows = [line("the original: one image, Pillow, CPU, fp32", *original(exact, images, args.original), limit)]
-        rows.append(line("plain: DataLoader, eager, bf16", *plain(options("exact", "bf16", "off"), images, args), limit))
+        rows: list[list[Any]] = []
+
+        def measured(*row: Any) -> None:
+            rows.append(line(*row))
+            print(rows[-1], flush=True)
+
+        measured("the original: one image, Pillow, CPU, fp32", *original(exact, images, args.original), limit)
+        measured("plain: DataLoader, eager, bf16", *plain(options("exact", "bf16", "off"), images, args), limit)
         ways = WAYS[:1] + WAYS[2:3] if args.tiny else WAYS
         for way in ways:
             encoder(*way).encode([name(i) for i in range(min(args.images, 2 * args.batch_size))])  # compiles
@@ -86,8 +105,7 @@ def main() -> None:
             seconds = end_to_end(encoder(*way), catalog, out)
             shares = encoder(*way).meter.shares(seconds)
             busy = ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
-            rows.append(line("surf, decode {}, {}, compile {}".format(*way), args.images, seconds, limit, busy))
-            print(rows[-1], flush=True)
+            measured("surf, decode {}, {}, compile {}".format(*way), args.images, seconds, limit, busy)
         base = rows[0][3]
         head = ["end to end", "images", "s", "images/s", "÷ the original", "share of the limit", "busy share of each step"]
         print(common.table(head, [[*row[:4], row[3] / base, *row[4:]] for row in rows]), "\n", flush=True)
@@ -116,7 +134,8 @@ def original(options: config.Embed, images: Images, count: int) -> tuple[int, fl
     import open_clip
     import torch
 
-    model, _, transform = open_clip.create_model_and_transforms(options.model, pretrained=options.pretrained)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random weights are made there
+        model, _, transform = open_clip.create_model_and_transforms(options.model, pretrained=options.pretrained)
     start = time.perf_counter()
     with torch.no_grad():
         for number in range(count):
@@ -130,9 +149,10 @@ def plain(options: config.Embed, images: Images, args: argparse.Namespace) -> tu
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, _, transform = open_clip.create_model_and_transforms(
-        options.model, pretrained=options.pretrained, precision=options.precision, device=device
-    )
+    with torch.device(device):
+        model, _, transform = open_clip.create_model_and_transforms(
+            options.model, pretrained=options.pretrained, precision=options.precision, device=device
+        )
     dtype = open_clip.get_input_dtype(options.precision) or torch.float32
 
     class Packed(torch.utils.data.Dataset):
@@ -172,11 +192,14 @@ def stages(
     yield "read", len(names) / (time.perf_counter() - start)
     files = [images.read(one) for one in few]
     exact = encoder("exact", "fp32", "off").decoder
-    with ThreadPoolExecutor(args.workers) as pool:
-        for what, decoder in (("exact", exact), ("draft", dataclasses.replace(exact, draft=True))):
-            start = time.perf_counter()
-            list(pool.map(decoder.pixels, files))
-            yield f"Pillow, decode {what}, {args.workers} threads", len(files) / (time.perf_counter() - start)
+    many = names[: 16 * args.batch_size]
+    for what, decoder in (("exact", exact), ("draft", dataclasses.replace(exact, draft=True))):
+        start = time.perf_counter()
+        made = pipeline.batches(
+            many, decoder, batch_size=args.batch_size, workers=args.workers, pinned=torch.cuda.is_available(), meter=Meter()
+        )
+        count = sum(len(batch.numbers) for batch in made)
+        yield f"read and decode {what}, {args.workers} processes", count / (time.perf_counter() - start)
     if jpeg.available():
         encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
         batches = [encoded[i : i + args.batch_size] for i in range(0, len(encoded), args.batch_size)]

@@ -51,7 +51,7 @@ class Clip:
     def __init__(self, model: Any, transform: Any, images: Images, options: config.Embed, device: str) -> None:
         import torch
 
-        self.model, self.options, self.device, self.meter = model, options, device, Meter()
+        self.model, self.transform, self.options, self.device, self.meter = model, transform, options, device, Meter()
         self.dim = int(model.visual.output_dim)
         crop, mean, std = _split(transform)
         height, width = model.visual.image_size

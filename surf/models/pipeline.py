@@ -43,7 +43,8 @@ class Piece:
 
     def pin_memory(self) -> "Piece":
         """Called by the DataLoader: from page-locked memory a GPU copies faster and in the background."""
-        self.pixels = self.pixels.pin_memory()
+        if self.places:
+            self.pixels = self.pixels.pin_memory()
         return self
 
 
@@ -225,9 +226,8 @@ def _made(dataset: _Pieces, workers: int, pinned: bool) -> Iterator[Piece]:
             raise
         again = "fewer embed.workers, a smaller embed.batch_size or more memory for the job; finished rows are kept"
         raise SurfError(found, where="embed", next=again) from error
-    except BaseException:
-        for process in processes:
-            process.terminate()  # what it decodes, nobody will ask for
+    finally:
+        for process in processes:  # after an error or a signal; what they decode, nobody will ask for
+            process.terminate()
         for process in processes:
             process.join()
-        raise

@@ -194,6 +194,7 @@ def test_a_broken_disk_ends_the_pipeline(clip_folder, pictures, tmp_path, monkey
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", fail)
     with pytest.raises(OSError, match="Input/output error"):
         model.encode(names)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_consumer_that_stops_leaves_no_process_and_no_thread_behind(clip_folder, pictures):
@@ -391,6 +392,16 @@ def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_p
     assert (pixels[2] == exact(odd, 32)).all() and not pixels[3].any() and not pixels[5:].any()
     assert batch.numbers == [5, 6, 7, 8, 9, 10] and sorted(batch.errors) == [3, 5]
     assert "no such image" in batch.errors[3] and "cannot be decoded" in batch.errors[5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_left_to_the_gpu_come_whole_from_the_processes(clip_folder, pictures, workers):
+    names = [f"{number}.png" for number in range(12)]
+    decoder = dataclasses.replace(encoder(clip_folder, pictures).decoder, on_gpu=lambda data: True)
+    found = {}
+    for batch in pipeline.batches(names, decoder, batch_size=5, workers=workers, pinned=False, meter=Meter()):
+        found.update({names[batch.numbers[place]]: file.numpy().tobytes() for place, file in batch.encoded.items()})
+    assert found == {name: (pictures / name).read_bytes() for name in names}
 
 
 def test_the_log_says_what_bounds_the_stage(tmp_path, caplog):
