@@ -164,14 +164,13 @@ def _is_rotary(plain: Callable[..., Any]) -> bool:
         expected = plain(query, key, cos, sin)
     except Exception:  # other arguments
         return False
-    first = [one[0].transpose(0, 1) for one in (query, key)]
-    found = rotary(*first, cos[0], sin[0])
+    found = rotary(query[0].transpose(0, 1), key[0].transpose(0, 1), cos[0], sin[0])
     return all(_close(one[0].transpose(0, 1), other) for one, other in zip(expected, found, strict=True))
 
 
 def _forward(module: Any, hidden: Any, parameters: Any = None, modules: Any = None) -> Any:
     """What the module's class computes with other weights: its own may be spread over processes. None if it cannot."""
-    other = type(module).__new__(type(module))
+    other = object.__new__(type(module))
     other.__dict__ = {**module.__dict__, "_parameters": parameters or {}, "_modules": modules or {}}
     try:
         return type(module).forward(other, hidden)

@@ -62,8 +62,14 @@ def _attention(
     cut = [one.transpose(1, 2).split(lengths, 1) for one in (query, key, value)]
     pieces = [
         scaled_dot_product_attention(
-            *(one.transpose(1, 2) for one in piece), dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=True,
+            enable_gqa=grouped,
         )
-        for piece in zip(*cut, strict=True)
+        for q, k, v in zip(*cut, strict=True)
     ]
     return torch.cat([piece.transpose(1, 2) for piece in pieces], 1), None  # the flash kernel's own layout: one copy
