@@ -155,7 +155,7 @@ def dispatch(
 def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> Iterator[Sequence[T]]:
     """`items` in slices of at most `size`, each to be saved at its end, with a progress bar that shows rate and ETA.
 
-    The first slice is short; lengths double up to `size`, and halve after a slice that took longer than `SLICE_SECONDS`:
+    The first slice is short; lengths grow fourfold up to `size`, and halve after a slice that took longer than `SLICE_SECONDS`:
     however slow the model, a kill loses minutes. A stage that is fast enough cuts its rows alike in every run. A slice counts
     when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
 
@@ -178,8 +178,8 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
                 spent = time.monotonic() - begun
                 if spent > SLICE_SECONDS:
                     length = max(1, length // 2)
-                elif 2 * spent <= SLICE_SECONDS:
-                    length = min(size, 2 * length)
+                else:
+                    length = min(size, length * max(1, min(4, int(SLICE_SECONDS / max(spent, 1e-9)))))
         finally:
             _slicing = False
 

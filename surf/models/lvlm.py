@@ -41,6 +41,7 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
     processing.stop_at_end(network, processor)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape anew, and there are many
     return Lvlm(network.eval().to(device), processor, images, options)
 
 
