@@ -157,6 +157,15 @@ def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, 
     assert asked.count("0.png") == 1 and asked.count("9.png") == 1
 
 
+def test_an_image_that_is_neither_embedded_nor_bad_is_no_null(clip_folder, pictures, tmp_path):
+    """Its saved rows went while the job was at work: another job had finished the part."""
+    table = catalog("1.png", "2.png", "gone.png")
+    whole, errors = embed(table, encoder(clip_folder, pictures), partial(tmp_path))
+    assert whole["embedding"].null_count == 1 and list(errors) == ["gone.png"]
+    with pytest.raises(SurfError, match="its saved rows are gone"):
+        module.collect(table, whole.slice(1, 1), errors, tmp_path / "part.parquet")
+
+
 def test_unknown_clip_is_told(pictures):
     with pytest.raises(SurfError, match=r"embed\.model = 'ViT-XXL-99'"):
         clip.load(config.Embed(model="ViT-XXL-99", pretrained=None), Images([str(pictures)]))
