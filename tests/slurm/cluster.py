@@ -59,6 +59,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10
+# its jobs take the place of those of `main`, which go back to the queue
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE DefaultTime=10
 """
 
 # Where cgroups (version 1) can be written the kernel enforces memory limits, as on a real cluster; else Slurm polls and kills.

@@ -120,9 +120,11 @@ def hangs(run: Run) -> None:
     run.notes.append("stages stopped, so that they never end")
 
 
-def requeued(run: Run) -> None:
-    job, _ = running(run)
-    run.cluster.call("scontrol", "requeue", job)
+def preempted(run: Run) -> None:
+    _, node = running(run)
+    words = ["--partition", "urgent", "--nodelist", node, "--gres", "gpu:2", "--output", "/dev/null", "--wrap", "sleep 10"]
+    done = run.cluster.call("sbatch", "--parsable", *words)
+    run.notes.append(f"job {done.stdout.strip()}, of a partition of higher priority, takes both GPUs of {node} for 10 s")
 
 
 def cancelled(run: Run) -> None:
@@ -175,7 +177,7 @@ FAULTS: dict[str, tuple[str, list[str], Callable[[Run], None]]] = {
         ["answer:mem_mb=600*attempt"],
         nothing,
     ),
-    "requeue": ("a job is requeued, as a preemption does it", [], requeued),
+    "preempt": ("jobs are preempted, with requeue", [], preempted),
     "scancel": ("scancel by hand", [], cancelled),
     "slurmctld": ("slurmctld is down for 15 s", [], controller_restarted),
     "kill": ("snakemake is killed (SIGKILL) and run again", [], snakemake_killed),
