@@ -50,15 +50,17 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
         fresh.clear()
 
     with ThreadPoolExecutor(1) as writer, cli.progress(len(names), desc="embed", unit="image") as bar:
-        for numbers, vectors, bad in encoder.stream(names):
-            good = [place for place, number in enumerate(numbers) if number not in bad]
-            fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
-            errors.update({names[number]: error for number, error in bad.items()})
-            if sum(table.num_rows for table in fresh) >= FLUSH or time.monotonic() - saved > cli.SLICE_SECONDS:
+        try:
+            for numbers, vectors, bad in encoder.stream(names):
+                good = [place for place, number in enumerate(numbers) if number not in bad]
+                fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
+                errors.update({names[number]: error for number, error in bad.items()})
+                if sum(table.num_rows for table in fresh) >= FLUSH or time.monotonic() - saved > cli.SLICE_SECONDS:
+                    save()
+                bar.update(len(numbers))
+        finally:  # also when a signal ends this
+            if fresh:
                 save()
-            bar.update(len(numbers))
-        if fresh:
-            save()
     for one in saves:
         one.result()
     return errors
@@ -89,8 +91,6 @@ def _save(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
 
 def _table(ids: Sequence[int] | np.ndarray, vectors: np.ndarray) -> pa.Table:
     """vectors: float32 [len(ids), dim]."""
-    if not np.isfinite(vectors).all():
-        raise FloatingPointError("the encoder gave NaN or infinity: check its weights, or use embed.precision fp32")
     dim = vectors.shape[1]
     flat = pa.array(vectors.astype(np.float16).reshape(-1), pa.float16())
     return pa.table([pa.array(ids, pa.int64()), pa.FixedSizeListArray.from_arrays(flat, dim)], schema=with_dim(dim))
