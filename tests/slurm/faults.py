@@ -33,6 +33,7 @@ class Run:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
+        cluster.environment["SURF_LOST_AFTER"] = "40"
         self.saved: dict[str, list[str]] = {}  # rows of every file of unfinished work
         self.states: dict[str, list[str]] = {}  # what squeue said of each job of `answer`, changes only
         self.notes: list[str] = []
@@ -163,6 +164,23 @@ def interrupted(run: Run) -> None:
     run.start()
 
 
+def forgotten(run: Run) -> None:
+    """The controller keeps no ended job, so the plugin asks sacct, which knows nothing here, and no longer sees its jobs."""
+    with open(run.cluster.state / "etc/slurm.conf", "a") as file:
+        file.write("MinJobAge=2\n")
+    run.cluster.call("scontrol", "reconfigure")
+    if run.wait() == 0:
+        raise AssertionError("snakemake saw its jobs all the same")
+    line = next(line for line in (run.folder / "output.txt").read_text().splitlines() if "SLURM has forgotten" in line)
+    run.notes.append(
+        "stopped by itself: “" + line.partition(",")[0] + " …”, then the same command on a controller that remembers"
+    )
+    with open(run.cluster.state / "etc/slurm.conf", "a") as file:
+        file.write("MinJobAge=300\n")
+    run.cluster.call("scontrol", "reconfigure")
+    run.start()
+
+
 def nothing(run: Run) -> None:
     pass
 
@@ -181,6 +199,7 @@ FAULTS: dict[str, tuple[str, list[str], Callable[[Run], None]]] = {
     "scancel": ("scancel by hand", [], cancelled),
     "slurmctld": ("slurmctld is down for 15 s", [], controller_restarted),
     "kill": ("snakemake is killed (SIGKILL) and run again", [], snakemake_killed),
+    "forget": ("slurmctld forgets jobs before snakemake has seen their end", [], forgotten),
     "ctrl-c": ("Ctrl-C, then the same command again", [], interrupted),
 }
 
