@@ -7,12 +7,14 @@ Each fault has a cluster and a copy of the project (in /var/tmp) of its own; the
 """
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -67,6 +69,11 @@ class Run:
                 raise TimeoutError(f"{self.folder}: {self.states}\n{(self.folder / 'output.txt').read_text()[-3000:]}")
             time.sleep(0.1)
 
+    def pause(self, seconds: float) -> None:
+        """Look on for a while, or until snakemake ends."""
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > end or (self.process and self.process.poll() is not None))
+
     def wait(self) -> int:
         """Look on until snakemake ends; its exit code."""
         assert self.process
@@ -102,16 +109,14 @@ def power_cut(run: Run) -> None:
     _, node = running(run)
     run.cluster.stop(node)
     run.notes.append(f"{node} gone for 20 s")
-    end = time.monotonic() + 20
-    run.until(lambda: time.monotonic() > end)
+    run.pause(20)
     run.cluster.boot(node)
 
 
 def slurmd_killed(run: Run) -> None:
     _, node = running(run)
     run.cluster.crash_slurmd(node)
-    end = time.monotonic() + 5
-    run.until(lambda: time.monotonic() > end)
+    run.pause(5)
     run.cluster.restart_slurmd(node)
 
 
@@ -181,6 +186,31 @@ def forgotten(run: Run) -> None:
     run.start()
 
 
+def storm(run: Run) -> None:
+    """Nodes and daemons die at random moments, until the run is done or eight have."""
+    draw, struck = random.Random(1), Counter()
+    for _ in range(8):
+        run.pause(draw.expovariate(1 / 8))
+        if run.process and run.process.poll() is not None:
+            break
+        what = draw.choice(["node", "slurmd", "slurmctld"])
+        node = draw.choice([node for _, node in run.cluster.jobs().values()] or run.cluster.nodes)
+        struck[what] += 1
+        if what == "node":
+            run.cluster.stop(node)
+            run.pause(10)
+            run.cluster.boot(node)
+        elif what == "slurmd":
+            run.cluster.crash_slurmd(node)
+            run.pause(5)
+            run.cluster.restart_slurmd(node)
+        else:
+            run.cluster.stop("slurmctld")
+            run.pause(5)
+            run.cluster.start_controller()
+    run.notes.append("died: " + ", ".join(f"{what} {count} times" for what, count in sorted(struck.items())))
+
+
 def nothing(run: Run) -> None:
     pass
 
@@ -199,6 +229,7 @@ FAULTS: dict[str, tuple[str, list[str], Callable[[Run], None]]] = {
     "scancel": ("scancel by hand", [], cancelled),
     "slurmctld": ("slurmctld is down for 15 s", [], controller_restarted),
     "kill": ("snakemake is killed (SIGKILL) and run again", [], snakemake_killed),
+    "storm": ("nodes (for 10 s), slurmd and slurmctld (for 5 s) die at random moments", [], storm),
     "forget": ("slurmctld forgets jobs before snakemake has seen their end", [], forgotten),
     "ctrl-c": ("Ctrl-C, then the same command again", [], interrupted),
 }
