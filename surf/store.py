@@ -312,7 +312,7 @@ class Partial:
         keys = KEYS[self.dataset]
         first = table.select(keys).append_column("#", number).group_by(keys).aggregate([("#", "min")])
         if earlier:
-            log.info("%d rows were saved by an earlier run, and are not made again", first.num_rows)
+            log.info("%d rows are saved already, and are not made again", first.num_rows)
         return table.take(first.column("#_min").sort())
 
     def save(self, table: pa.Table) -> None:

@@ -135,7 +135,7 @@ class Example:
     def kept(self) -> int:
         """Rows that later attempts found saved, by their logs."""
         logs = "".join(path.read_text(errors="replace") for path in self.results.glob("logs/**/*.log"))
-        return sum(map(int, re.findall(r"(\d+) rows were saved by an earlier run", logs)))
+        return sum(map(int, re.findall(r"(\d+) rows are saved already", logs)))
 
     def files(self) -> dict[str, bytes]:
         """All results by name, the weights as well."""
