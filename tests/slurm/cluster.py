@@ -224,7 +224,7 @@ class Cluster:
 
     def idle(self) -> list[str]:
         """Nodes that could take a job."""
-        lines = self.call("sinfo", "-h", "-N", "-o", "%N %T").stdout.splitlines()
+        lines = self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines()
         return [line.split()[0] for line in lines if line.split()[1] in ("idle", "mixed")]
 
     def jobs(self, states: str = "R") -> dict[str, tuple[str, str]]:
