@@ -181,8 +181,9 @@ def _answer(words: Sequence[str]) -> None:
         "version": config.Evaluate.version,
         "questions": store.digest(table),
         "catalog": store.read_json(args.catalog) if args.catalog else None,
-        # no folder name says which weights lie in it
-        "model": [card.read_text(), card.stat().st_mtime_ns] if card and card.exists() else str(args.model),
+        # no folder name says which weights lie in it: model.json does, with data, flags and every step's loss. Not its time: a
+        # model.json that is put back, or made again alike, must ask nothing again
+        "model": card.read_text() if card and card.exists() else str(args.model),
     }
     jobs: dict[str, _Job] = {}
     for name, method in args.methods.items():

@@ -293,6 +293,22 @@ def test_two_workers_write_the_answers_of_one_process_and_ask_nothing_twice(job,
     assert len(telemetry.figures(job.folder / "base")) == 3
 
 
+def test_another_model_is_asked_again_and_the_same_one_is_not(job):
+    card = job.folder / "model/model.json"
+    store.write_json(card, {"loss": 1.0})
+    job({}, "--model", str(card.parent))
+    first = (job.folder / "base/rag.parquet").read_bytes()
+    store.write_json(card, {"loss": 1.0})  # put back after a kill, or trained again to the same weights
+    job({}, "--model", str(card.parent))
+    assert len(job.responder.prompts) == 48
+    store.write_json(card, {"loss": 1.1})
+    job({}, "--model", str(card.parent))
+    assert len(job.responder.prompts) == 96
+    store.write_json(card, {"loss": 1.0})
+    job({}, "--model", str(card.parent))
+    assert (job.folder / "base/rag.parquet").read_bytes() == first, "equal models, equal bytes"
+
+
 def test_without_references_none_are_used(job):
     assert {tuple(row["references"]) for row in job({}, near=False)} == {()}
 
