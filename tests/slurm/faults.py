@@ -60,7 +60,7 @@ class Run:
                 if state not in ("COMPLETING", "CONFIGURING") and (not seen or seen[-1] != now):
                     seen.append(now)
 
-    def until(self, ready: Callable[[], object], seconds: float = 900) -> None:
+    def until(self, ready: Callable[[], object], seconds: float = 2700) -> None:
         """Look on until `ready`."""
         end = time.monotonic() + seconds
         while not ready():
