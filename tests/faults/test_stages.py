@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -79,24 +77,23 @@ def answers(*ids):
     return store.table_of([{"round_id": i, "rank": -1, "response": ""} for i in ids], "answers")
 
 
-def test_rows_can_be_saved_while_a_second_writer_of_the_part_is_done_with_it(tmp_path):
+def test_rows_can_be_saved_while_a_second_writer_of_the_part_is_done_with_it(tmp_path, monkeypatch):
+    """It makes the part's folder go away before a piece is written, and again before the piece gets its name."""
     out = tmp_path / "part-00000-of-00001.parquet"
     partial = store.Partial(out, "answers", flags="")
-    stop = threading.Event()
+    write, moments = pq.write_table, ["before", "after"]
 
-    def forget():
-        while not stop.is_set():
+    def write_table(*args, **options):
+        moment = moments.pop(0) if moments else ""
+        if moment == "before":
             store.forget(out)
-            time.sleep(0.03)
+        write(*args, **options)
+        if moment == "after":
+            store.forget(out)
 
-    other = threading.Thread(target=forget)
-    other.start()
-    try:
-        for number in range(60):
-            partial.save(answers(f"r{number}"))
-    finally:
-        stop.set()
-        other.join()
+    monkeypatch.setattr(store.pq, "write_table", write_table)
+    partial.save(answers("r0"))
+    assert not moments and partial.read()["round_id"].to_pylist() == ["r0"]
 
 
 def test_saved_rows_are_kept_until_the_dataset_is_whole(tmp_path):
