@@ -80,6 +80,10 @@ class Run:
         self.until(lambda: self.process.poll() is not None)
         return self.process.returncode
 
+    def said(self, words: str) -> str:
+        """The first line of snakemake's output that holds these words, or nothing."""
+        return next((line for line in (self.folder / "output.txt").read_text().splitlines() if words in line), "")
+
     def part(self, job: str) -> str:
         """The part that a job makes."""
         return self.cluster.jobs("all")[job][0].rsplit("_", 1)[-1]
@@ -154,7 +158,7 @@ def snakemake_killed(run: Run) -> None:
     run.start()
     if run.wait() == 0:
         raise AssertionError("the rerun did not see the jobs that were left over")
-    line = next(line for line in (run.folder / "output.txt").read_text().splitlines() if "still in the queue" in line)
+    line = run.said("still in the queue")
     run.notes.append("rerun refused: “" + line.split(" (")[0] + " …”, they were cancelled")
     run.cluster.call("scancel", *run.cluster.jobs("R,S,PD"))
     run.until(lambda: not run.cluster.jobs("R,S,PD,CG"))
@@ -176,14 +180,9 @@ def forgotten(run: Run) -> None:
     run.cluster.call("scontrol", "reconfigure")
     if run.wait() == 0:
         raise AssertionError("snakemake saw its jobs all the same")
-    line = next(line for line in (run.folder / "output.txt").read_text().splitlines() if "SLURM has forgotten" in line)
-    run.notes.append(
-        "stopped by itself: “" + line.partition(",")[0] + " …”, then the same command on a controller that remembers"
-    )
     with open(run.cluster.state / "etc/slurm.conf", "a") as file:
         file.write("MinJobAge=300\n")
-    run.cluster.call("scontrol", "reconfigure")
-    run.start()
+    run.cluster.call("scontrol", "reconfigure")  # the same command follows, on a controller that remembers
 
 
 def storm(run: Run) -> None:
@@ -246,6 +245,10 @@ def strike(run: Run, name: str, truth: Path) -> list[str]:
     before = {row for rows in run.saved.values() for row in rows}
     fault(run)
     code = run.wait()
+    if code and (line := run.said("SLURM has forgotten")):  # as it says itself
+        run.notes.append(f"snakemake ended by itself: “{line.partition(',')[0]} …”, then the same command again")
+        run.start()
+        code = run.wait()
     rows = [row for rows in run.saved.values() for row in rows]
     twice = len(rows) - len(set(rows))
     results = run.folder / "results"
