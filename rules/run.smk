@@ -1,5 +1,5 @@
 # What happens before the first job, after the last, and when one has failed.
-from surf import summary
+from surf import summary, watch
 
 
 def check_sources():
@@ -22,6 +22,15 @@ def check_leftovers():
         raise WorkflowError(left)
 
 
+def look_out(log):
+    """From now on: stop when all jobs that are waited for are gone from the queue."""
+    if workflow.executor_plugin.name == "slurm":
+        try:
+            watch.start(Path(log if isinstance(log, str) else log[0]))
+        except SurfError as error:
+            raise WorkflowError(str(error)) from None
+
+
 def sweep():
     """After a run: saved rows of finished parts, and what killed writers left, are no longer needed."""
     from surf import store  # only here: it loads pyarrow
@@ -33,6 +42,7 @@ def sweep():
 onstart:
     check_sources()
     check_leftovers()
+    look_out(log)
 
 
 onsuccess:

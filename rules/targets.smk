@@ -11,7 +11,7 @@ rule resolved_config:
     params:
         config=cfg.model_dump_json(indent=1),
     shell:
-        "printf '%s\\n' {params.config:q} > {output} 2> {log}"
+        "printf '%s\\n' {params.config:q} > {output}.tmp 2> {log}; mv {output}.tmp {output}"
 
 
 # Before any GPU is spent: `python -m surf.check --help` has more to offer.

@@ -117,8 +117,8 @@ def main() -> None:
     version = args.answer.version
     partial = store.Partial(args.out, "answers", flags=flags, version=version, seed=args.seed, input=store.digest(rounds))
     if count := workers.wanted():
-        errors = workers.lead(count, partial, rounds.num_rows, desc="answer", unit="round")
-        result = in_order(store.rows(partial.read()), rounds)
+        (found,), errors = workers.lead(count, [partial], rounds.num_rows, desc="answer", unit="round")
+        result = in_order(store.rows(found), rounds)
     else:
         from surf.models import lvlm
 
@@ -127,7 +127,7 @@ def main() -> None:
         clock.loaded()
         own = store.table_of(workers.mine(store.rows(rounds), lambda row: row["image"]), "rounds")
         result, errors = answer(own, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)
-        if workers.report(errors):
+        if workers.report(errors, result.num_rows):
             return
     quarantine.settle(
         args.quarantine,

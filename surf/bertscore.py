@@ -119,12 +119,12 @@ class BertScore:
         self.batch_tokens = self._batch_tokens or suiting
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.model)
-            encoder = AutoModel.from_pretrained(self.model, dtype=torch.float32)
+            encoder = AutoModel.from_pretrained(self.model, dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise SurfError(
                 f"{self.model} cannot be loaded ({str(error).splitlines()[0]})",
                 where="score.bertscore_model",
-                expected="a Hugging Face encoder with its tokenizer, or a folder that holds both",
+                expected="a Hugging Face encoder with safetensors weights and its tokenizer, or a folder that holds both",
                 next="set score.bertscore_model, or download the model on a machine with a network",
             ) from None
         if encoder.config.is_encoder_decoder:

@@ -90,8 +90,8 @@ def _render(sections: dict[str, Section], role: str | None) -> str:
 def run(main: Callable[[], None]) -> None:
     """Run a stage: progress to stderr, a user's mistake as one paragraph and exit code 2.
 
-    SIGTERM and Ctrl-C end it at once, SIGUSR1 as soon as the rows at work are saved; the exit code is 128 + the signal's
-    number. What is saved stays, and what is not is made again: the same that SIGKILL or a power cut would do.
+    SIGTERM and SIGUSR1 end it as soon as the rows at work are saved, Ctrl-C at once; the exit code is 128 + the signal's
+    number. What is saved stays, and what is not is made again: so SIGKILL or a power cut cost a few rows more, and no other.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for noisy in ("httpx", "huggingface_hub", "transformers"):
@@ -125,7 +125,7 @@ _slicing = False  # inside `chunks`: rows are at work that will be saved soon
 
 def _asked_to_end(number: int, _frame: object) -> None:
     _asked.append(number)
-    if number != signal.SIGUSR1 or not _slicing:
+    if number == signal.SIGINT or not _slicing:
         raise Stopped(128 + number)
 
 
@@ -160,7 +160,7 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
     when the next one is asked for. On a terminal the bar moves twice a second, in a log every ten seconds.
 
     Raises:
-        Stopped: SIGUSR1 came; the slices so far are saved.
+        Stopped: SIGTERM or SIGUSR1 came; the slices so far are saved.
     """
     global _slicing
     length, start = min(size, FIRST_SLICE), 0

@@ -4,8 +4,9 @@ python -m surf.embed --catalog results/catalog/part-….parquet --out results/em
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ def embed(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> tuple[
         (table with image_id and embedding: fixed_size_list<float16>[dim], null where unreadable; {image: error})
     """
     errors = fill(catalog, encoder, partial)
-    return collect(catalog, partial, encoder.dim), errors
+    return collect(catalog, partial.read(earlier=False), errors, partial.out, encoder.dim), errors
 
 
 def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[str, str]:
@@ -49,30 +50,34 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
         fresh.clear()
 
     with ThreadPoolExecutor(1) as writer, cli.progress(len(names), desc="embed", unit="image") as bar:
-        for numbers, vectors, bad in encoder.stream(names):
-            good = [place for place, number in enumerate(numbers) if number not in bad]
-            fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
-            errors.update({names[number]: error for number, error in bad.items()})
-            if sum(table.num_rows for table in fresh) >= FLUSH or time.monotonic() - saved > cli.SLICE_SECONDS:
+        try:
+            for numbers, vectors, bad in encoder.stream(names):
+                good = [place for place, number in enumerate(numbers) if number not in bad]
+                fresh.append(_table(ids[[numbers[place] for place in good]], vectors[good]))
+                errors.update({names[number]: error for number, error in bad.items()})
+                if sum(table.num_rows for table in fresh) >= FLUSH or time.monotonic() - saved > cli.SLICE_SECONDS:
+                    save()
+                bar.update(len(numbers))
+        finally:  # also when a signal ends this
+            if fresh:
                 save()
-            bar.update(len(numbers))
-        if fresh:
-            save()
     for one in saves:
         one.result()
     return errors
 
 
-def collect(catalog: pa.Table, partial: store.Partial, dim: int | None = None) -> pa.Table:
-    """The part: what `partial` holds, in the order of the catalog. Without `dim` the saved rows tell the dimension.
+def collect(catalog: pa.Table, found: pa.Table, errors: Mapping[str, str], out: Path, dim: int | None = None) -> pa.Table:
+    """The part `out`: the rows `found`, in the order of the catalog. Without `dim` they tell the dimension.
 
     Raises:
-        SurfError: nothing is saved, and `dim` is not given.
+        SurfError: there is no row and no `dim`; an image has neither a row nor an error.
     """
-    found = partial.read()
+    missing = catalog.filter(pc.invert(pc.is_in(catalog["image_id"], value_set=found["image_id"].combine_chunks())))
+    if not errors.keys() >= set(missing["image"].to_pylist()):
+        raise store.forgotten(out)
     if not found.num_rows:
         if dim is None:
-            raise SurfError("not one image of this part could be read", where=str(partial.out), next="check images.roots")
+            raise SurfError("not one image of this part could be read", where=str(out), next="check images.roots")
         found = _table([], np.zeros((0, dim), np.float32))
     place = pc.index_in(catalog["image_id"], value_set=found["image_id"].combine_chunks())
     columns = [catalog["image_id"], found["embedding"].combine_chunks().take(place)]
@@ -86,8 +91,6 @@ def _save(encoder: Encoder, partial: store.Partial, table: pa.Table) -> None:
 
 def _table(ids: Sequence[int] | np.ndarray, vectors: np.ndarray) -> pa.Table:
     """vectors: float32 [len(ids), dim]."""
-    if not np.isfinite(vectors).all():
-        raise FloatingPointError("the encoder gave NaN or infinity: check its weights, or use embed.precision fp32")
     dim = vectors.shape[1]
     flat = pa.array(vectors.astype(np.float16).reshape(-1), pa.float16())
     return pa.table([pa.array(ids, pa.int64()), pa.FixedSizeListArray.from_arrays(flat, dim)], schema=with_dim(dim))
@@ -104,18 +107,20 @@ def main() -> None:
     partial = store.Partial(args.out, "embeddings", flags=flags, version=args.embed.version, input=store.digest(table))
     dim = None
     if count := workers.wanted():
-        errors = workers.lead(count, partial, table.num_rows, desc="embed", unit="image")
+        (found,), errors = workers.lead(count, [partial], table.num_rows, desc="embed", unit="image")
     else:
         from surf.models import clip
 
         encoder = clip.load(args.embed, Images(args.images.roots, args.images.max_pixels))
         meter, dim = encoder.meter, encoder.dim
         clock.loaded()
-        own = pa.array(workers.mine(table["image_id"].to_pylist(), lambda image_id: str(image_id // BLOCK)), pa.int64())
-        errors = fill(table.filter(pc.is_in(table["image_id"], value_set=own)), encoder, partial)
-        if workers.report(errors):
+        ids = pa.array(workers.mine(table["image_id"].to_pylist(), lambda image_id: str(image_id // BLOCK)), pa.int64())
+        own = table.filter(pc.is_in(table["image_id"], value_set=ids))
+        errors = fill(own, encoder, partial)
+        if workers.report(errors, sum(name not in errors for name in own["image"].to_pylist())):
             return
-    result = collect(table, partial, dim)
+        found = partial.read(earlier=False)
+    result = collect(table, found, errors, args.out, dim)
     quarantine.settle(
         args.quarantine,
         errors,

@@ -10,19 +10,20 @@ What the answers are worth is the business of `evidence` and `pope`: they read f
 scoring asks no model again.
 """
 
+import argparse
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from pydantic import ValidationError
 
-from surf import cli, config, methods, prompts, references, store
+from surf import cli, config, methods, prompts, references, store, workers
 from surf.answer import unreadable
 from surf.errors import SurfError
 from surf.images import Images
@@ -123,7 +124,13 @@ def answer(
             row["response"] = prompts.split_verdict(text)[0]  # of a model trained with finetune.verdict
         partial.save(store.table_of(fresh, "evaluate/answers"))
         done.update((row["question_id"], row) for row in fresh)
-    return store.table_of([done[row["question_id"]] for row in questions], "evaluate/answers")
+    return in_order(done.values(), questions)
+
+
+def in_order(done: Iterable[Row], questions: Sequence[Row]) -> pa.Table:
+    """The finished rows of `questions`, in their order."""
+    found = {row["question_id"]: row for row in done}
+    return store.table_of([found[row["question_id"]] for row in questions], "evaluate/answers")
 
 
 def check_images(images: Images, asked: Sequence[str], shown: Sequence[str]) -> None:
@@ -174,40 +181,69 @@ def _answer(words: Sequence[str]) -> None:
         "version": config.Evaluate.version,
         "questions": store.digest(table),
         "catalog": store.read_json(args.catalog) if args.catalog else None,
-        # no folder name says which weights lie in it
-        "model": [card.read_text(), card.stat().st_mtime_ns] if card and card.exists() else str(args.model),
+        # no folder name says which weights lie in it: model.json does, with data, flags and every step's loss. Not its time: a
+        # model.json that is put back, or made again alike, must ask nothing again
+        "model": card.read_text() if card and card.exists() else str(args.model),
     }
-    jobs = {}
+    jobs: dict[str, _Job] = {}
     for name, method in args.methods.items():
         shown = references.shown(rows, method, files, images, args.seed)
         ids = {key: [image_id for image_id, _ in pairs] for key, pairs in shown.items()}
         how = method.model_dump_json()
         partial = store.Partial(args.out.parent / f"{name}.parquet", "evaluate/answers", **same, how=how, references=ids)
         if not _answered(partial):
-            jobs[name] = (method, shown, partial)
+            jobs[name] = _Job(method, shown, partial)
     log.info("%d of %d methods to answer by", len(jobs), len(args.methods))
-    if jobs:
-        both = [(method, pairs) for method, shown, _ in jobs.values() for pairs in shown.values()]
-        pictures = dict.fromkeys(ref.image for method, pairs in both if method.show != "caption" for _, ref in pairs)
-        check_images(images, [row["image"] for row in rows], list(pictures))
-
-        from surf.models import lvlm
-
-        responder = Once(lvlm.load(args.lvlm, images, str(args.model) if args.model else None))
-        clock.loaded()
-        options = {"lvlm": args.lvlm, "suffix": args.suffix, "max_new_tokens": args.max_new_tokens}
-        for name, (method, shown, partial) in jobs.items():
-            before, since = len(responder.known), time.monotonic()
-            result = answer(rows, shown, responder, partial, method=method, **options)
-            meta = {"stage": "evaluate answer", "task": about["task"], "kind": about["kind"], "method": name, "flags": flags}
-            meta |= {"version": config.Evaluate.version, "how": method.model_dump_json(), "depends": partial.folder.name}
-            store.write_table(partial.out, result, "evaluate/answers", meta)
-            clock.note(partial.out, len(responder.known) - before, since=since)
+    if crew := workers.wanted() if jobs else 0:
+        total = len(jobs) * len(rows)
+        tables, _ = workers.lead(crew, [job.partial for job in jobs.values()], total, desc="evaluate", unit="answer")
+        # one that a second job has finished meanwhile was none of the workers' business
+        left = {name: table for (name, job), table in zip(jobs.items(), tables, strict=True) if not _answered(job.partial)}
+        results = {name: in_order(store.rows(table), rows) for name, table in left.items()}
+    else:
+        own = workers.mine(rows, lambda row: row["image"])
+        results = _ask(own, jobs, images, args, clock) if jobs else {}
+        if workers.report({}, sum(result.num_rows for result in results.values())):
+            return
+    for name, result in results.items():
+        method, _, partial = jobs[name]
+        meta: Row = {"stage": "evaluate answer", "task": about["task"], "kind": about["kind"], "method": name, "flags": flags}
+        meta |= {"version": config.Evaluate.version, "how": method.model_dump_json(), "depends": partial.folder.name}
+        store.write_table(partial.out, result, "evaluate/answers", meta)
     parts = [_part(args.out.parent / f"{name}.parquet") for name in args.methods]
     content = {"dataset": "evaluate/answers", "rows": sum(part["rows"] for part in parts), "parts": parts}
     store.write_json(args.out, content)
     for name in args.methods:
         store.forget(args.out.parent / f"{name}.parquet")
+
+
+class _Job(NamedTuple):
+    """What one method has to do."""
+
+    method: methods.Method
+    shown: Shown
+    partial: store.Partial
+
+
+def _ask(
+    rows: Sequence[Row], jobs: Mapping[str, _Job], images: Images, args: argparse.Namespace, clock: Clock
+) -> dict[str, pa.Table]:
+    """The answers of all methods to `rows`, by one model."""
+    both = [(job.method, job.shown.get(row["question_id"], ())) for job in jobs.values() for row in rows]
+    pictures = dict.fromkeys(ref.image for method, pairs in both if method.show != "caption" for _, ref in pairs)
+    check_images(images, [row["image"] for row in rows], list(pictures))
+
+    from surf.models import lvlm
+
+    responder = Once(lvlm.load(args.lvlm, images, str(args.model) if args.model else None))
+    clock.loaded()
+    options = {"lvlm": args.lvlm, "suffix": args.suffix, "max_new_tokens": args.max_new_tokens}
+    results = {}
+    for name, (method, shown, partial) in jobs.items():
+        before, since = len(responder.known), time.monotonic()
+        results[name] = answer(rows, shown, responder, partial, method=method, **options)
+        clock.note(partial.out, len(responder.known) - before, since=since)  # of several workers one's share, and its rate
+    return results
 
 
 def _answered(partial: store.Partial) -> bool:

@@ -20,7 +20,7 @@ from surf.schedule import Stage, makespan
 DRAWS = 200
 TARGET = 2400  # seconds of a part; docs/usage.md: 20 to 60 minutes
 SHORT, LONG = 1200, 3600
-FILLING = ("embed", "answer", "reanswer")  # one worker on each GPU that a job sees: `surf.workers`
+FILLING = ("embed", "answer", "reanswer", "evaluate_answer")  # one worker on each GPU that a job sees: `surf.workers`
 _BLIND = (1, 2)  # of the rounds wrong, and so of anything else, if nobody has measured it
 
 
@@ -182,7 +182,7 @@ def _held(stage: Stage, gpus_per_job: int) -> Stage:
     """`stage` where a job gets so many GPUs at least."""
     if not stage.gpus:
         return stage
-    workers = gpus_per_job if stage.name in FILLING else stage.workers
+    workers = gpus_per_job if stage.name.split()[0] in FILLING else stage.workers
     return stage._replace(gpus=max(stage.gpus, gpus_per_job), workers=workers)
 
 

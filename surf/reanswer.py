@@ -193,8 +193,8 @@ def main() -> None:
         catalog=store.read_json(args.catalog),
     )
     if crew := workers.wanted():
-        errors = workers.lead(crew, partial, None, desc="reanswer", unit="response")
-        table = in_order(store.rows(partial.read()), wrong)
+        (found,), errors = workers.lead(crew, [partial], None, desc="reanswer", unit="response")
+        table = in_order(store.rows(found), wrong)
     else:
         from surf.models import lvlm
 
@@ -213,7 +213,7 @@ def main() -> None:
             options=args.reanswer,
             seed=args.seed,
         )
-        if workers.report(errors):
+        if workers.report(errors, table.num_rows):
             return
     quarantine.settle(
         args.quarantine,

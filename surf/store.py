@@ -295,8 +295,12 @@ class Partial:
         self.out, self.dataset = out, dataset
         self.folder = out.parent / "_partial" / out.stem / hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def read(self) -> pa.Table:
-        """All saved rows, each key once. A torn file (a disk that lied) is left out: its rows are made anew."""
+    def read(self, *, earlier: bool = True) -> pa.Table:
+        """All saved rows, each key once. A torn file (a disk that lied) is left out: its rows are made anew.
+
+        Args:
+            earlier: the rows are those of an earlier run, which is worth a line in the log.
+        """
         tables = []
         for path in sorted(self.folder.glob("*.parquet")):
             try:
@@ -309,7 +313,8 @@ class Partial:
         number = pa.array(range(table.num_rows), pa.int64())
         keys = KEYS[self.dataset]
         first = table.select(keys).append_column("#", number).group_by(keys).aggregate([("#", "min")])
-        log.info("%d rows were saved by an earlier run, and are not made again", first.num_rows)
+        if earlier:
+            log.info("%d rows are saved already, and are not made again", first.num_rows)
         return table.take(first.column("#_min").sort())
 
     def save(self, table: pa.Table) -> None:
@@ -322,6 +327,16 @@ class Partial:
             except FileNotFoundError:  # the part is finished by a second writer, and was forgotten this very moment
                 if attempt == 9:
                     raise
+
+
+def forgotten(part: Path) -> SurfError:
+    """What to say when rows that were saved are gone before the part could be written."""
+    return SurfError(
+        "its saved rows are gone: another job finished it meanwhile",
+        where=str(part),
+        expected="one job for it at a time",
+        next="the same command again; what is finished is kept",
+    )
 
 
 def forget(part: Path) -> None:

@@ -46,9 +46,7 @@ def clip(cfg: Config) -> Model:
         return Model(None, f"open_clip knows no weights {cfg.embed.pretrained!r} of {cfg.embed.model}")
     hub, url = about.get("hf_hub", ""), about.get("url", "")
     if not hub:
-        cache = Path.home() / ".cache/clip"
-        found = (cache / Path(url).name).is_file()
-        return Model(cache) if found else Model(None, f"is not in {cache}; next: download {url} into it", not offline())
+        return Model(None, f"has pickled weights only ({url}), which could run code")
     repository = hub.rpartition("/")[0]
     folder = _snapshot(repository)
     if folder and any(folder.glob("*.safetensors")):

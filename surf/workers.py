@@ -3,10 +3,10 @@
 A stage with several devices goes like this; with one device, or none, `wanted` is 0 and all rows are its own.
 
     if count := workers.wanted():
-        errors = workers.lead(count, partial, total, desc="answer", unit="round")  # rows: partial.read()
+        (table,), errors = workers.lead(count, [partial], total, desc="answer", unit="round")
     else:
-        errors = …  # the work, on workers.mine(rows, key), saved in `partial`
-        if workers.report(errors):
+        table, errors = …  # the work, on workers.mine(rows, key), saved in `partial`
+        if workers.report(errors, table.num_rows):
             return  # a worker: the leader goes on
 
 Workers run the command line of their leader. They save into the same `store.Partial`, whose files have unique names, and take
@@ -28,6 +28,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from surf import store
 from surf.errors import SurfError
@@ -69,34 +71,37 @@ def mine(rows: Iterable[T], key: Callable[[T], str]) -> list[T]:
     return [row for row in rows if not role or shard_of(f"worker {key(row)}", role["count"]) == role["index"]]
 
 
-def report(errors: dict[str, str]) -> bool:
-    """If this process is a worker: hand its errors over to the leader, after its rows are saved."""
+def report(errors: dict[str, str], rows: int) -> bool:
+    """If this process is a worker: tell the leader its errors, and how many rows of its share are saved."""
     role = _role()
     if role:
-        store.write_json(Path(role["result"]), errors)
+        store.write_json(Path(role["result"]), {"errors": errors, "rows": rows})
     return bool(role)
 
 
-def lead(count: int, partial: store.Partial, total: int | None, *, desc: str, unit: str = "row") -> dict[str, str]:
+def lead(
+    count: int, partials: Sequence[store.Partial], total: int | None, *, desc: str, unit: str = "row"
+) -> tuple[list[pa.Table], dict[str, str]]:
     """Run this process's command line in `count` workers, one a device, until all of them are done.
 
     SIGTERM, SIGINT and SIGUSR1 are passed on. Workers end when their leader does, whatever ended it.
 
     Args:
-        total: rows of the part, for the progress bar; None if nobody knows yet.
+        partials: where the workers save their rows.
+        total: rows of the job, for the progress bar; None if nobody knows yet.
 
     Returns:
-        The errors of all workers. Their rows are in `partial`.
+        (what each of `partials` holds in the end, the errors of all workers)
 
     Raises:
-        SurfError: a worker failed; the others are ended. Finished rows stay.
+        SurfError: a worker failed; the others are ended, finished rows stay. Or rows are gone that a worker had saved.
         SystemExit: 128 + the number of a signal that came.
     """
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{index}.json" for index in range(count)]
         crew = [_Worker(index, count, result) for index, result in enumerate(results)]
         try:
-            with _passed_on(crew) as came, _Progress(partial, total, desc, unit) as progress:
+            with _passed_on(crew) as came, _Progress(partials, total, desc, unit) as progress:
                 while any(worker.process.poll() is None for worker in crew):
                     if not came and any(worker.process.poll() for worker in crew):
                         break
@@ -116,7 +121,12 @@ def lead(count: int, partial: store.Partial, total: int | None, *, desc: str, un
                 where=desc,
                 next="see its lines above; finished rows are kept, and the same command goes on from them",
             )
-        return {key: error for result in results for key, error in store.read_json(result).items()}
+        reports = [store.read_json(result) for result in results]
+        tables = [partial.read(earlier=False) for partial in partials]
+    # A second job may have finished the part, and its saved rows been forgotten, while the slower workers were at work.
+    if sum(table.num_rows for table in tables) < sum(one["rows"] for one in reports):
+        raise store.forgotten(partials[0].out)
+    return tables, {key: error for one in reports for key, error in one["errors"].items()}
 
 
 def lanes(slices: Iterable[Sequence[T]], work: Callable[[Sequence[T]], R]) -> Iterator[R]:
@@ -181,10 +191,10 @@ class _Worker:
 class _Progress:
     """A bar over the rows that all workers have saved."""
 
-    def __init__(self, partial: store.Partial, total: int | None, desc: str, unit: str) -> None:
+    def __init__(self, partials: Sequence[store.Partial], total: int | None, desc: str, unit: str) -> None:
         from tqdm import tqdm
 
-        self.partial, self.seen = partial, set[Path]()
+        self.partials, self.seen = partials, set[Path]()
         interval = 0.5 if sys.stderr.isatty() else 10.0
         before = self._fresh()
         self.bar = tqdm(total=total, initial=before, desc=desc, unit=f" {unit}s", mininterval=interval, dynamic_ncols=True)
@@ -200,7 +210,7 @@ class _Progress:
         self.bar.update(self._fresh())
 
     def _fresh(self) -> int:
-        new = set(self.partial.folder.glob("*.parquet")) - self.seen
+        new = {path for partial in self.partials for path in partial.folder.glob("*.parquet")} - self.seen
         self.seen |= new
         rows = 0
         for path in new:

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,9 +33,12 @@ def load(options: config.Embed, images: Images) -> "Clip":
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        _refuse_pickle(options)
         model, _, transform = open_clip.create_model_and_transforms(
             options.model, pretrained=options.pretrained, precision=_precision(options), device=device
         )
+    except SurfError:
+        raise
     except Exception as error:
         raise SurfError(
             f"the CLIP model cannot be loaded ({error})",
@@ -43,6 +47,29 @@ def load(options: config.Embed, images: Images) -> "Clip":
         ) from error
     tower.rebuild(model.visual, options.precision)
     return Clip(model.eval(), transform, images, options, device)
+
+
+def _refuse_pickle(options: config.Embed) -> None:
+    """open_clip reads safetensors if there are any, else pickles; surf reads none, as a pickle could run code."""
+    from open_clip import pretrained
+
+    kind, _, name = options.model.partition(":")
+    if kind == "local-dir":
+        found = next(Path(name).glob("*.safetensors"), Path(name))
+    elif kind == "hf-hub":
+        found = Path(pretrained.download_pretrained_from_hf(name))
+    elif Path(options.pretrained or "").is_file():
+        found = Path(options.pretrained or "")
+    else:
+        found = Path(pretrained.download_pretrained(pretrained.get_pretrained_cfg(options.model, options.pretrained or "")))
+    known = found != Path() and found.exists()  # of anything else open_clip says itself what is wrong
+    if known and found.suffix != ".safetensors":
+        raise SurfError(
+            "its weights are pickled, or missing: a pickle could run code, so surf reads none",
+            where=f"embed.model = {options.model!r}, embed.pretrained = {options.pretrained!r}: {found}",
+            expected="weights as safetensors",
+            next="choose a tag with such weights, or convert them with safetensors.torch.save_file",
+        )
 
 
 class Clip:
@@ -86,7 +113,7 @@ class Clip:
                 tokens = tokenize(batch + [""] * (size - len(batch))).to(self.device)  # one shape for all, as for images
                 features = torch.nn.functional.normalize(self.model.encode_text(tokens).float(), dim=-1)
                 vectors[start : start + len(batch)] = features[: len(batch)].cpu().numpy()
-        return vectors
+        return _finite(vectors)
 
     def stream(self, names: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, dict[int, str]]]:
         """See `surf.models.Encoder`."""
@@ -192,7 +219,19 @@ def _precision(options: config.Embed) -> str:
 def _finish(batch: pipeline.Batch, wait: Callable[[], np.ndarray]) -> tuple[list[int], np.ndarray, dict[int, str]]:
     vectors = wait()[: len(batch.numbers)]
     vectors[list(batch.errors)] = 0
-    return batch.numbers, vectors, {batch.numbers[place]: error for place, error in batch.errors.items()}
+    return batch.numbers, _finite(vectors), {batch.numbers[place]: error for place, error in batch.errors.items()}
+
+
+def _finite(vectors: np.ndarray) -> np.ndarray:
+    """`vectors`, which an index and a ranking could not deal with otherwise."""
+    if not np.isfinite(vectors).all():
+        raise SurfError(
+            "the CLIP model gave a vector with NaN or infinity",
+            where="embed",
+            expected="finite numbers",
+            next="check its weights, or set embed.precision to fp32",
+        )
+    return vectors
 
 
 def _features(model: Any, mean: Any, std: Any, precision: str) -> Callable[[Any], Any]:

@@ -36,6 +36,7 @@ class Campaign:
         self.events: Counter = Counter()
         self.faults: list[str] = []
         self.strange = self.lost = self.doubled = self.twice = self.kept = self.reruns = self.lives = 0
+        self.looked_at = self.half_written = 0
         self.truth = Example(base / "truth").create(*self.size)
         self.jobs: list[Job] = []
         self.seconds: dict[str, float] = {}
@@ -78,7 +79,10 @@ class Campaign:
         faults = list(done["faults"])
         faults += [f"{len(different.files)} files differ: {different.files[:5]}"] if different.files else []
         faults += [f"left behind: {different.strays[:5]}"] if different.strays else []
+        faults += [f"half-written: {done['half_written'][:5]}"] if done["half_written"] else []
         self.faults += [f"{name}: {fault}" for fault in faults]
+        self.looked_at += done["looked_at"]
+        self.half_written += len(done["half_written"])
         self.strange += len(different.files) + len(different.strays)
         self.lost += different.lost
         self.doubled += different.doubled
@@ -179,6 +183,7 @@ def main() -> None:
         f"{campaign.kills()} kills and the other harms in {campaign.lives} lives of {len(campaign.jobs)} jobs"
         f" and {rows} rows each, {time.monotonic() - begun:.0f} s. Rows lost: {campaign.lost}. Duplicates: {campaign.doubled}."
         f" Files that differ from the unharmed run, or were left behind: {campaign.strange}."
+        f" Files looked at when they had just got their name: {campaign.looked_at}, half-written: {campaign.half_written}."
         f" Rows that an earlier attempt had saved: {campaign.kept}, of them made again: {campaign.twice}."
         f" Runs of Snakemake after a failure: {campaign.reruns}."
     )

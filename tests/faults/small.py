@@ -1,9 +1,11 @@
 """A small form of the embedded example in a folder of its own: its jobs, its saved rows, how it differs from another one."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from surf.schemas import KEYS
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "faults.yaml"
 SNAKEMAKE = ["--profile", "profiles/local", "--resources", "gpu=2", "--configfile", CONFIG]
+LOOK_SECONDS = 0.2
 # no results: what jobs say and remember, and the time that they took
 ASIDE = ("logs/", "_telemetry", "_partial", "_checkpoints")
 
@@ -38,6 +41,9 @@ class Example:
     def __init__(self, folder: Path) -> None:
         self.folder, self.results = folder, folder / "results"
         self._rows: dict[Path, Counter] = {}  # saved rows of every piece
+        self._looked_at: set[tuple[Path, int, int]] = set()  # files: path, inode, time
+        self._next_look = 0.0
+        self.half_written: list[str] = []  # files that had their name before they were whole
 
     def create(self, scale: float, shards: int = 2) -> "Example":
         """Links to the project, and a config file that makes the example small and saves often."""
@@ -76,7 +82,10 @@ class Example:
         return found
 
     def look(self) -> None:
-        """Remember what unfinished work is saved now."""
+        """Remember what unfinished work is saved now; a few times a second also look whether every new file is whole."""
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            self._look_at_files()
         for path in self.results.rglob("_partial/*/*/[!.]*.parquet"):
             if path not in self._rows:
                 try:
@@ -84,6 +93,32 @@ class Example:
                 except (OSError, pa.ArrowException, SurfError):  # gone by now, or truncated on purpose
                     continue
                 self._rows[path] = Counter(map(str, table.select(keys).to_pylist()))
+
+    def _look_at_files(self) -> None:
+        for path in self.results.rglob("[!.]*"):
+            if path.suffix not in (".parquet", ".json") or "_checkpoints" in path.parts:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    about, content = os.fstat(file.fileno()), file.read()
+            except OSError:  # gone by now
+                continue
+            if (one := (path, about.st_ino, about.st_mtime_ns)) not in self._looked_at:
+                self._looked_at.add(one)
+                try:
+                    json.loads(content) if path.suffix == ".json" else pq.read_table(pa.BufferReader(content))
+                except (ValueError, pa.ArrowException):
+                    self.half_written.append(str(path.relative_to(self.results)))
+
+    def looked_at(self) -> int:
+        """How many files were found whole, or not, soon after they had got their name."""
+        return len(self._looked_at)
+
+    def truncate(self, path: Path, size: int) -> None:
+        """Tear a file on purpose."""
+        os.truncate(path, size)
+        about = path.stat()
+        self._looked_at.add((path, about.st_ino, about.st_mtime_ns))
 
     def saved(self, part: Path) -> set[str]:
         """Rounds of a part that are saved as unfinished work."""
@@ -100,7 +135,7 @@ class Example:
     def kept(self) -> int:
         """Rows that later attempts found saved, by their logs."""
         logs = "".join(path.read_text(errors="replace") for path in self.results.glob("logs/**/*.log"))
-        return sum(map(int, re.findall(r"(\d+) rows were saved by an earlier run", logs)))
+        return sum(map(int, re.findall(r"(\d+) rows are saved already", logs)))
 
     def files(self) -> dict[str, bytes]:
         """All results by name, the weights as well."""

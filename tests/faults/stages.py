@@ -186,7 +186,7 @@ class Runner:
         pieces = sorted((saved if name.suffix == ".json" else saved / name.stem).rglob("[!.]*.parquet"))
         if pieces:
             piece = self.draw.choice(pieces)
-            os.truncate(piece, self.draw.randrange(piece.stat().st_size))
+            self.example.truncate(piece, self.draw.randrange(piece.stat().st_size))
             self.events[job.rule, "truncated piece"] += 1
 
     def torn_checkpoint(self, job: Job) -> None:
@@ -204,7 +204,7 @@ class Runner:
         if whole:
             files = [path for path in whole[-1].parent.rglob("*") if path.is_file() and path.stat().st_size > 1]
             victim = self.draw.choice(sorted(files))
-            os.truncate(victim, self.draw.randrange(victim.stat().st_size))
+            self.example.truncate(victim, self.draw.randrange(victim.stat().st_size))
             self.events[job.rule, "truncated checkpoint"] += 1
 
     def missing_image(self, job: Job) -> None:
@@ -254,7 +254,8 @@ def run(
     twice, kept = example.made_twice(), example.kept()
     store.sweep(example.results)
     events = [[rule, what, count] for (rule, what), count in runner.events.items()]
-    return {"events": events, "faults": runner.faults, "seconds": runner.seconds, "twice": twice, "kept": kept}
+    looks = {"looked_at": example.looked_at(), "half_written": example.half_written}
+    return {"events": events, "faults": runner.faults, "seconds": runner.seconds, "twice": twice, "kept": kept, **looks}
 
 
 def _others(job: Job, example: Example) -> list[str]:

@@ -14,5 +14,6 @@ def test_rows_survive_random_faults(tmp_path, monkeypatch):
     campaign.by_hand(kills=6, training=0, others=True)
     assert not campaign.faults, campaign.faults
     assert (campaign.lost, campaign.doubled, campaign.strange) == (0, 0, 0)
+    assert (campaign.looked_at > 10, campaign.half_written) == (True, 0)
     harms = {what for _, what in campaign.events} - {LATE}
     assert campaign.kills() >= 3 and {"second writer", "truncated piece", "missing image"} <= harms, campaign.events

@@ -103,7 +103,7 @@ class Attacked:
             files = [path for path in files if path.parent.name not in ("quarantine", "logs")]
             if files:
                 victim = self.draw.choice(files)
-                os.truncate(victim, self.draw.randrange(victim.stat().st_size))
+                self.example.truncate(victim, self.draw.randrange(victim.stat().st_size))
                 self.events[victim.parent.name, f"truncated {kind}"] += 1
                 self.truncations.remove(kind)
                 return
@@ -150,4 +150,5 @@ def run(example: Example, *, seed: int, kills: int) -> dict:
     attacked.finish()
     events = [[rule, what, count] for (rule, what), count in attacked.events.items()]
     twice, kept = example.made_twice(), example.kept()
-    return {"events": events, "faults": attacked.faults, "reruns": attacked.reruns, "twice": twice, "kept": kept}
+    looks = {"looked_at": example.looked_at(), "half_written": example.half_written}
+    return {"events": events, "faults": attacked.faults, "reruns": attacked.reruns, "twice": twice, "kept": kept, **looks}

@@ -59,6 +59,10 @@ SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10
+# its jobs take the place of those of `main`, which go back to the queue
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE DefaultTime=10
 """
 
 # Where cgroups (version 1) can be written the kernel enforces memory limits, as on a real cluster; else Slurm polls and kills.
@@ -220,7 +224,7 @@ class Cluster:
 
     def idle(self) -> list[str]:
         """Nodes that could take a job."""
-        lines = self.call("sinfo", "-h", "-N", "-o", "%N %T").stdout.splitlines()
+        lines = self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").stdout.splitlines()
         return [line.split()[0] for line in lines if line.split()[1] in ("idle", "mixed")]
 
     def jobs(self, states: str = "R") -> dict[str, tuple[str, str]]:

@@ -38,11 +38,13 @@ def main() -> None:
             check_jobs(jobs)
             compare(local, ours)
             print(f"fine-tune over two nodes: snakemake model --profile slurm {' '.join(TWO_NODES)}", flush=True)
-            before = (ours / "results/model/model.safetensors").read_bytes()
+            weights = ours / "results/model/model.safetensors"
+            before, since = weights.read_bytes(), weights.stat().st_mtime_ns
             jobs = watch(cluster, ours, "model", "--profile", "slurm", *TWO_NODES)
             check_two_nodes(jobs)
-            same = before == (ours / "results/model/model.safetensors").read_bytes()
-            print(f"  its weights {'are those' if same else 'differ from those'} of one node with two processes, bit for bit")
+            expect(weights.stat().st_mtime_ns != since, "two nodes trained nothing")
+            expect(weights.read_bytes() == before, "the weights of two nodes differ from those of one node with two processes")
+            print("  its weights are those of one node with two processes, bit for bit")
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

@@ -7,12 +7,14 @@ Each fault has a cluster and a copy of the project (in /var/tmp) of its own; the
 """
 
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +35,7 @@ class Run:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
+        cluster.environment["SURF_LOST_AFTER"] = "40"
         self.saved: dict[str, list[str]] = {}  # rows of every file of unfinished work
         self.states: dict[str, list[str]] = {}  # what squeue said of each job of `answer`, changes only
         self.notes: list[str] = []
@@ -57,7 +60,7 @@ class Run:
                 if state not in ("COMPLETING", "CONFIGURING") and (not seen or seen[-1] != now):
                     seen.append(now)
 
-    def until(self, ready: Callable[[], object], seconds: float = 900) -> None:
+    def until(self, ready: Callable[[], object], seconds: float = 2700) -> None:
         """Look on until `ready`."""
         end = time.monotonic() + seconds
         while not ready():
@@ -66,11 +69,20 @@ class Run:
                 raise TimeoutError(f"{self.folder}: {self.states}\n{(self.folder / 'output.txt').read_text()[-3000:]}")
             time.sleep(0.1)
 
+    def pause(self, seconds: float) -> None:
+        """Look on for a while, or until snakemake ends."""
+        end = time.monotonic() + seconds
+        self.until(lambda: time.monotonic() > end or (self.process and self.process.poll() is not None))
+
     def wait(self) -> int:
         """Look on until snakemake ends; its exit code."""
         assert self.process
         self.until(lambda: self.process.poll() is not None)
         return self.process.returncode
+
+    def said(self, words: str) -> str:
+        """The first line of snakemake's output that holds these words, or nothing."""
+        return next((line for line in (self.folder / "output.txt").read_text().splitlines() if words in line), "")
 
     def part(self, job: str) -> str:
         """The part that a job makes."""
@@ -101,16 +113,14 @@ def power_cut(run: Run) -> None:
     _, node = running(run)
     run.cluster.stop(node)
     run.notes.append(f"{node} gone for 20 s")
-    end = time.monotonic() + 20
-    run.until(lambda: time.monotonic() > end)
+    run.pause(20)
     run.cluster.boot(node)
 
 
 def slurmd_killed(run: Run) -> None:
     _, node = running(run)
     run.cluster.crash_slurmd(node)
-    end = time.monotonic() + 5
-    run.until(lambda: time.monotonic() > end)
+    run.pause(5)
     run.cluster.restart_slurmd(node)
 
 
@@ -120,9 +130,11 @@ def hangs(run: Run) -> None:
     run.notes.append("stages stopped, so that they never end")
 
 
-def requeued(run: Run) -> None:
-    job, _ = running(run)
-    run.cluster.call("scontrol", "requeue", job)
+def preempted(run: Run) -> None:
+    _, node = running(run)
+    words = ["--partition", "urgent", "--nodelist", node, "--gres", "gpu:2", "--output", "/dev/null", "--wrap", "sleep 10"]
+    done = run.cluster.call("sbatch", "--parsable", *words)
+    run.notes.append(f"job {done.stdout.strip()}, of a partition of higher priority, takes both GPUs of {node} for 10 s")
 
 
 def cancelled(run: Run) -> None:
@@ -146,7 +158,7 @@ def snakemake_killed(run: Run) -> None:
     run.start()
     if run.wait() == 0:
         raise AssertionError("the rerun did not see the jobs that were left over")
-    line = next(line for line in (run.folder / "output.txt").read_text().splitlines() if "still in the queue" in line)
+    line = run.said("still in the queue")
     run.notes.append("rerun refused: “" + line.split(" (")[0] + " …”, they were cancelled")
     run.cluster.call("scancel", *run.cluster.jobs("R,S,PD"))
     run.until(lambda: not run.cluster.jobs("R,S,PD,CG"))
@@ -159,6 +171,43 @@ def interrupted(run: Run) -> None:
     left = run.cluster.jobs("R,PD")
     run.notes.append(f"exit code {code}, {len(left)} jobs left in the queue, then the same command again")
     run.start()
+
+
+def forgotten(run: Run) -> None:
+    """The controller keeps no ended job, so the plugin asks sacct, which knows nothing here, and no longer sees its jobs."""
+    with open(run.cluster.state / "etc/slurm.conf", "a") as file:
+        file.write("MinJobAge=2\n")
+    run.cluster.call("scontrol", "reconfigure")
+    if run.wait() == 0:
+        raise AssertionError("snakemake saw its jobs all the same")
+    with open(run.cluster.state / "etc/slurm.conf", "a") as file:
+        file.write("MinJobAge=300\n")
+    run.cluster.call("scontrol", "reconfigure")  # the same command follows, on a controller that remembers
+
+
+def storm(run: Run) -> None:
+    """Nodes and daemons die at random moments, until the run is done or eight have."""
+    draw, struck = random.Random(1), Counter()
+    for _ in range(8):
+        run.pause(draw.expovariate(1 / 8))
+        if run.process and run.process.poll() is not None:
+            break
+        what = draw.choice(["node", "slurmd", "slurmctld"])
+        node = draw.choice([node for _, node in run.cluster.jobs().values()] or run.cluster.nodes)
+        struck[what] += 1
+        if what == "node":
+            run.cluster.stop(node)
+            run.pause(10)
+            run.cluster.boot(node)
+        elif what == "slurmd":
+            run.cluster.crash_slurmd(node)
+            run.pause(5)
+            run.cluster.restart_slurmd(node)
+        else:
+            run.cluster.stop("slurmctld")
+            run.pause(5)
+            run.cluster.start_controller()
+    run.notes.append("died: " + ", ".join(f"{what} {count} times" for what, count in sorted(struck.items())))
 
 
 def nothing(run: Run) -> None:
@@ -175,10 +224,12 @@ FAULTS: dict[str, tuple[str, list[str], Callable[[Run], None]]] = {
         ["answer:mem_mb=600*attempt"],
         nothing,
     ),
-    "requeue": ("a job is requeued, as a preemption does it", [], requeued),
+    "preempt": ("jobs are preempted, with requeue", [], preempted),
     "scancel": ("scancel by hand", [], cancelled),
     "slurmctld": ("slurmctld is down for 15 s", [], controller_restarted),
     "kill": ("snakemake is killed (SIGKILL) and run again", [], snakemake_killed),
+    "storm": ("nodes (for 10 s), slurmd and slurmctld (for 5 s) die at random moments", [], storm),
+    "forget": ("slurmctld forgets jobs before snakemake has seen their end", [], forgotten),
     "ctrl-c": ("Ctrl-C, then the same command again", [], interrupted),
 }
 
@@ -194,6 +245,10 @@ def strike(run: Run, name: str, truth: Path) -> list[str]:
     before = {row for rows in run.saved.values() for row in rows}
     fault(run)
     code = run.wait()
+    if code and (line := run.said("SLURM has forgotten")):  # as it says itself
+        run.notes.append(f"snakemake ended by itself: “{line.partition(',')[0]} …”, then the same command again")
+        run.start()
+        code = run.wait()
     rows = [row for rows in run.saved.values() for row in rows]
     twice = len(rows) - len(set(rows))
     results = run.folder / "results"

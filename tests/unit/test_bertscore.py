@@ -1,6 +1,7 @@
 """Our BERTScore against the bert-score package, on a tiny random BERT."""
 
 import random
+import shutil
 import string
 
 import numpy as np
@@ -127,3 +128,10 @@ def test_too_deep_a_layer_is_refused(encoder, layer):
 def test_a_missing_encoder_is_a_users_error(tmp_path):
     with pytest.raises(SurfError, match=r"score\.bertscore_model"):
         BertScore(str(tmp_path / "nothing"), 9)(["a"], ["b"])
+
+
+def test_pickled_weights_are_refused_unread(encoder, tmp_path):
+    folder = shutil.copytree(encoder, tmp_path / "pickled")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(SurfError, match=r"score\.bertscore_model: .*expected .*safetensors"):
+        BertScore(str(folder), LAYER, device="cpu")(["a"], ["b"])

@@ -153,8 +153,9 @@ def test_every_process_gets_a_stretch_of_the_order(count, hands):
         assert own == list(range(own[0], own[0] + len(own))) if own else count < hands or count == 0
 
 
-def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FLUSH", 4)
+@pytest.mark.parametrize("flush", [4, 100])
+def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, monkeypatch, flush):
+    monkeypatch.setattr(module, "FLUSH", flush)
     names = [f"{n}.png" for n in range(10)]
     model = encoder(clip_folder, pictures, batch_size=4)
     whole, _ = embed(catalog(*names), model, partial(tmp_path / "whole"))
@@ -173,10 +174,46 @@ def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, 
 
     with pytest.raises(KeyboardInterrupt):
         embed(catalog(*names), Killed(), partial(tmp_path))
-    assert partial(tmp_path).read().num_rows == 8
+    assert partial(tmp_path).read().num_rows == 8, "those at hand were saved before it ended"
     again, _ = embed(catalog(*names), Killed(), partial(tmp_path))
     assert again.equals(whole)
     assert asked.count("0.png") == 1 and asked.count("9.png") == 1
+
+
+def test_an_image_that_is_neither_embedded_nor_bad_is_no_null(clip_folder, pictures, tmp_path):
+    """Its saved rows went while the job was at work: another job had finished the part."""
+    table = catalog("1.png", "2.png", "gone.png")
+    whole, errors = embed(table, encoder(clip_folder, pictures), partial(tmp_path))
+    assert whole["embedding"].null_count == 1 and list(errors) == ["gone.png"]
+    with pytest.raises(SurfError, match="its saved rows are gone"):
+        module.collect(table, whole.slice(1, 1), errors, tmp_path / "part.parquet")
+
+
+def test_vectors_that_are_no_numbers_stop_the_stage(clip_folder, pictures):
+    import torch
+
+    model = encoder(clip_folder, pictures)
+    with torch.no_grad():
+        model.model.visual.proj.fill_(float("nan"))
+    model.model.encode_text = lambda tokens: torch.full((len(tokens), 16), float("inf"))
+    for ask in (lambda: model.encode(["1.png"]), lambda: model.encode_texts(["a dog"])):
+        with pytest.raises(SurfError, match=r"NaN or infinity.*next: check its weights, or set embed\.precision"):
+            ask()
+
+
+def test_pickled_clip_weights_are_refused_unread(clip_folder, pictures, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "open_clip_config.json").write_bytes((clip_folder / "open_clip_config.json").read_bytes())
+    torch.save(load_file(clip_folder / "open_clip_model.safetensors"), pickled / "open_clip_pytorch_model.bin")
+    images = Images([str(pictures)])
+    tag = config.Embed(model="ViT-B-32", pretrained=str(pickled / "open_clip_pytorch_model.bin"))
+    for section in (config.Embed(model=f"local-dir:{pickled}", pretrained=None), tag):
+        with pytest.raises(SurfError, match="a pickle could run code, so surf reads none"):
+            clip.load(section, images)
 
 
 def test_unknown_clip_is_told(pictures):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from popedata import question_rows, write_lines
 
-from surf import candidates, config, evaluate, once, prompts, references, store
+from surf import candidates, config, evaluate, once, prompts, references, store, telemetry
 from surf.errors import SurfError
 from surf.images import Images
 from surf.methods import Method
@@ -266,6 +266,47 @@ def test_a_new_method_leaves_the_answers_of_others_alone(job):
     assert len(job.responder.prompts) == asked_before + 96, "the changed one"
     job({"references": 1}, "--suffix= Briefly.", zero={})
     assert len(job.responder.prompts) == asked_before + 192, "both"
+
+
+def test_two_workers_write_the_answers_of_one_process_and_ask_nothing_twice(job, crew, monkeypatch):
+    """With a gate, equal prompts of several methods, and one that is answered already."""
+    how, others = {"references": 2}, {"zero": {}, "gated": {"references": 1, "gate": 0.8}}
+    names = ("rag", *others)
+
+    def files():
+        return [(job.folder / f"base/{name}.parquet").read_bytes() for name in names]
+
+    job(how)
+    job(how, **others)
+    alone, asked = files(), sorted(prompt.text + str(prompt.images) for prompt in job.responder.prompts)
+    for name in ("zero", "gated"):
+        (job.folder / f"base/{name}.parquet").unlink()
+    before, again = (job.folder / "base/rag.parquet").stat().st_mtime_ns, len(job.responder.prompts)
+    lead = crew(lambda: job(how, **others))
+    job(how, **others)
+    assert 0 < lead[0] < lead[1] == 2 * 48, "both have work"
+    assert files() == alone
+    assert (job.folder / "base/rag.parquet").stat().st_mtime_ns == before
+    fresh = sorted(prompt.text + str(prompt.images) for prompt in job.responder.prompts[again:])
+    assert fresh == sorted(prompt for prompt in asked if "thing 2" not in prompt or "thing 1" not in prompt)
+    assert not (job.folder / "base/_partial").exists()
+    assert len(telemetry.figures(job.folder / "base")) == 3
+
+
+def test_another_model_is_asked_again_and_the_same_one_is_not(job):
+    card = job.folder / "model/model.json"
+    store.write_json(card, {"loss": 1.0})
+    job({}, "--model", str(card.parent))
+    first = (job.folder / "base/rag.parquet").read_bytes()
+    store.write_json(card, {"loss": 1.0})  # put back after a kill, or trained again to the same weights
+    job({}, "--model", str(card.parent))
+    assert len(job.responder.prompts) == 48
+    store.write_json(card, {"loss": 1.1})
+    job({}, "--model", str(card.parent))
+    assert len(job.responder.prompts) == 96
+    store.write_json(card, {"loss": 1.0})
+    job({}, "--model", str(card.parent))
+    assert (job.folder / "base/rag.parquet").read_bytes() == first, "equal models, equal bytes"
 
 
 def test_without_references_none_are_used(job):

@@ -132,6 +132,7 @@ def test_a_job_with_several_gpus_fills_them_where_its_stage_can():
     one, four = (lines(plan.plan(made_up(), DATA, SIZES, known(), gpus=4, gpus_per_job=n, cores=8, draws=20)) for n in (1, 4))
     assert four["answer"].job_seconds == pytest.approx(10 + 200 * 0.1 / 4)
     assert four["answer"].gpu_hours == pytest.approx(5 * 4 * 15 / 3600)
+    assert four["evaluate_answer base"].job_seconds < one["evaluate_answer base"].job_seconds
     assert four["score answers"].job_seconds == one["score answers"].job_seconds
     assert four["score answers"].wall_seconds == pytest.approx(5 * 30) and one["score answers"].wall_seconds == pytest.approx(
         60

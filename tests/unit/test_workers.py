@@ -1,6 +1,5 @@
 """One worker a device, and two lanes in each: equal rows, failures and signals that reach everyone."""
 
-import json
 import os
 import shlex
 import signal
@@ -26,8 +25,8 @@ def main():
     folder = Path(sys.argv[1])
     partial = store.Partial(folder / "part-00000-of-00001.parquet", "answers", a=1)
     if count := workers.wanted():
-        errors = workers.lead(count, partial, 20, desc="numbers")
-        rows = sorted(row["round_id"] for row in store.rows(partial.read()))
+        (table,), errors = workers.lead(count, [partial], 20, desc="numbers")
+        rows = sorted(row["round_id"] for row in store.rows(table))
         print(*rows, *sorted(errors.items()))
         return
     own = workers.mine(range(20), str)
@@ -36,9 +35,13 @@ def main():
     fault = (folder / "FAULT").read_text() if (folder / "FAULT").exists() else ""
     if fault == "die" and 0 in own:
         raise RuntimeError("the device fell off the bus")
-    while fault:
+    while fault == "die":
         time.sleep(0.1)
-    if workers.report({f"bad{own[0]}": os.environ["CUDA_VISIBLE_DEVICES"]}):
+    if fault == "forget":
+        store.forget(partial.out)
+    while fault == "wait":
+        time.sleep(0.1)
+    if workers.report({f"bad{own[0]}": os.environ["CUDA_VISIBLE_DEVICES"]}, len(own)):
         return
     print("alone", len(own))
 
@@ -108,6 +111,14 @@ def test_a_worker_that_dies_ends_the_job_with_its_error_and_rows_stay(tmp_path):
     assert sorted(rows["round_id"].to_pylist()) == [f"{n:02}" for n in range(20)]
 
 
+def test_rows_that_another_job_made_forgotten_are_missed_and_no_part_is_written_without_them(tmp_path):
+    """A second job finished the part, its dataset became whole, and its saved rows went, while a worker was still busy."""
+    process = Stage(tmp_path).start("forget")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and not out
+    assert "part-00000-of-00001.parquet: its saved rows are gone: another job finished it meanwhile" in err
+
+
 def test_a_signal_reaches_the_workers(tmp_path):
     stage = Stage(tmp_path)
     process = stage.start("wait")
@@ -142,7 +153,7 @@ def test_lanes_keep_the_order_work_side_by_side_and_finish_before_an_error_is_ra
     assert done in ([0, 1], [0, 1, 3])
 
 
-def test_two_workers_write_the_part_of_one_process(tmp_path, tiny_lvlm, drawn_images, monkeypatch):
+def test_two_workers_write_the_part_of_one_process(tmp_path, tiny_lvlm, drawn_images, monkeypatch, crew):
     rows = [
         {"round_id": f"c{n}#0", "image": f"q{n % 6}.png", "question": "What?" * (n % 3), "answer": "yes", "task": "short"}
         for n in range(12)
@@ -174,21 +185,7 @@ def test_two_workers_write_the_part_of_one_process(tmp_path, tiny_lvlm, drawn_im
 
     alone = run(tmp_path / "alone")
 
-    def in_this_process(count, partial, total, **_):
-        errors = {}
-        for index in range(count):
-            role = {"index": index, "count": count, "result": str(tmp_path / "result.json")}
-            with monkeypatch.context() as worker:
-                worker.setenv("SURF_WORKER", json.dumps(role))
-                answer.main()
-            errors.update(store.read_json(tmp_path / "result.json"))
-            saved.append(partial.read().num_rows)
-        return errors
-
-    saved = []
-    monkeypatch.setenv("SURF_WORKERS", "2")
-    monkeypatch.setattr(workers, "lead", in_this_process)
-    monkeypatch.setattr(workers, "_end_with_leader", lambda: None)
+    saved = crew(answer.main)
     assert run(tmp_path / "two") == alone
     assert 0 < saved[0] < saved[1] == 11
 
