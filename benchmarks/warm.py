@@ -43,7 +43,7 @@ def ask(path: str, words: list[str]) -> int:
         line.connect(path)
     except OSError:
         os.execv(sys.executable, [sys.executable, *words])
-    request = json.dumps({"words": words[1:], "folder": os.getcwd(), "environment": dict(os.environ)}).encode()
+    request = json.dumps({"words": words[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)}).encode()
     socket.send_fds(line, [len(request).to_bytes(8, "big")], [0, 1, 2])
     line.sendall(request)
     pid = int.from_bytes(_exactly(line, 8), "big")
@@ -64,8 +64,7 @@ def serve(path: str) -> None:
         with contextlib.suppress(ImportError):
             __import__(name)
     door = socket.socket(socket.AF_UNIX)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+    Path(path).unlink(missing_ok=True)
     door.bind(path)
     door.listen(256)
     parent = os.getppid()

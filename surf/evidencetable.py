@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from surf.intervals import Estimate
 from surf.measures import ALL, BLIND, CHANCE, Run, baselines, random_twin
-from surf.tables import line, percent, save
+from surf.tables import percent, save
+from surf.tables import table as as_markdown
 
 Row = dict[str, Any]
 Tasks = Mapping[str, tuple[Sequence[Row], Sequence[Run]]]  # task: its questions, its runs
@@ -126,8 +127,8 @@ def markdown(measured: Sequence[Row], tasks: Tasks) -> str:
     for task, found in tables(measured, tasks).items():
         lines += [f"## {task}", ""]
         for table in found:
-            lines += [f"### {table.title}", "", table.about, "", line(table.head)]
-            lines += [line(["---", *["---:"] * (len(table.head) - 1)]), *map(line, table.rows), ""]
+            numbers = range(1, len(table.head))
+            lines += [f"### {table.title}", "", table.about, "", as_markdown(table.head, table.rows, right=numbers), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
