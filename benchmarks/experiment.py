@@ -33,8 +33,8 @@ SPLITS = ("random", "popular", "adversarial")
 MAIN, MAIN_SHARE = 2000, 0.5  # pairs of the main fine-tune; where the extra variants and sweeps run
 
 VARIANTS: dict[str, dict[str, Any]] = {  # in every cell
-    "sft": {"pair": {"mix": {"no_reference": 1.0}}},
-    "positives-only": {"pair": {"mix": {"positive_only": 1.0}}},
+    "sft": {"pair": {"rounds": "both", "mix": {"no_reference": 1.0}}},  # the questions that SURf learns from
+    "positives-only": {"pair": {"rounds": "both", "mix": {"positive_only": 1.0}}},
     "mixed": {"pair": {"mix": {"positive_only": 0.15, "negative_only": 0.25, "no_reference": 0.15}}},
 }
 EXTRA_VARIANTS: dict[str, dict[str, Any]] = {  # at MAIN_SHARE
