@@ -75,7 +75,7 @@ class Scale:
     shares: tuple[float, ...] = (0.2, 0.5, 0.8)
     seeds: tuple[int, ...] = (0, 1, 2)
     dtype: str = "bfloat16"
-    max_new_tokens: int = 40
+    max_new_tokens: int = 48
     learning_rate: float = 1e-4
 
 
@@ -116,8 +116,8 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
             "compile": False,
         },
         "answer": {"max_new_tokens": scale.max_new_tokens, "gold_loglik": not full},
-        "retrieve": {"references": 8, "max_similarity": 1.0},
-        "reanswer": {"references": 8},
+        "retrieve": {"references": 6, "max_similarity": 1.0},
+        "reanswer": {"references": 6},
         "score": {
             "judge": cell.labels,
             "bertscore_model": f"{models}/bert",

@@ -1,6 +1,6 @@
 """Start the stages of a run from a process that has loaded torch and its friends already.
 
-    python benchmarks/warm.py SOCKET          the process that starts them; ends when its parent does
+    python benchmarks/warm.py SOCKET          the process that starts them; ends when its parent does, and they with it
     source-d by bash (BASH_ENV): what `shell_functions` returns
 
 A hundred short jobs otherwise spend more time on imports than on their work. A stage is forked, gets the command's folder,
@@ -71,31 +71,41 @@ def serve(path: str) -> None:
     watched = selectors.DefaultSelector()
     watched.register(door, selectors.EVENT_READ)
     running: dict[int, tuple[int, socket.socket]] = {}  # handle of a process: its number, who asked for it
-    while os.getppid() == parent:
-        for key, _ in watched.select(timeout=1.0):
-            if key.fileobj is door:
-                line, _ = door.accept()
-                pid = _start(line, door)
-                handle = os.pidfd_open(pid)
-                running[handle] = pid, line
-                watched.register(handle, selectors.EVENT_READ)
-                watched.register(line, selectors.EVENT_READ, handle)
-            elif isinstance(key.fileobj, int):  # a process has ended
-                pid, line = running.pop(key.fileobj)
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with contextlib.suppress(OSError):
-                    line.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
-                if line in {key.fileobj for key in watched.get_map().values()}:
-                    watched.unregister(line)
-                watched.unregister(key.fileobj)
-                os.close(key.fileobj)
-                line.close()
-            else:  # who asked for it has died
-                watched.unregister(key.fileobj)
-                if key.data in running:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        while os.getppid() == parent:
+            for key, _ in watched.select(timeout=1.0):
+                if key.fileobj is door:
+                    line, _ = door.accept()
+                    try:
+                        pid = _start(line, door)
+                    except (OSError, ValueError):  # who asked for it has died already
+                        line.close()
+                        continue
+                    handle = os.pidfd_open(pid)
+                    running[handle] = pid, line
+                    watched.register(handle, selectors.EVENT_READ)
+                    watched.register(line, selectors.EVENT_READ, handle)
+                elif isinstance(key.fileobj, int):  # a process has ended
+                    _ended(*running.pop(key.fileobj), watched)
+                    watched.unregister(key.fileobj)
+                    os.close(key.fileobj)
+                elif key.data in running:  # who asked for it has died
+                    watched.unregister(key.fileobj)
                     os.kill(running[key.data][0], signal.SIGKILL)
-    for pid, _ in running.values():
-        os.kill(pid, signal.SIGTERM)
+    finally:
+        for pid, _ in running.values():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _ended(pid: int, line: socket.socket, watched: selectors.BaseSelector) -> None:
+    """Tell who asked for it."""
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):
+        line.sendall((code if code >= 0 else 128 - code).to_bytes(8, "big"))
+    with contextlib.suppress(KeyError):
+        watched.unregister(line)
+    line.close()
 
 
 def _start(line: socket.socket, door: socket.socket) -> int:
@@ -108,6 +118,7 @@ def _start(line: socket.socket, door: socket.socket) -> int:
         line.sendall(pid.to_bytes(8, "big"))
         return pid
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         door.close()
         line.close()
         for number, stream in enumerate(streams):

@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         csv.write_csv(table, temporary)
     store.write_text(args.out / "table.md", evidencetable.markdown(measured, tasks))
     for task in tasks:
-        evidencetable.figure(measured, task, args.out / f"{task}.svg")
+        evidencetable.figure(measured, task, tasks[task][1], args.out / f"{task}.svg")
     images = Images(args.images.roots, args.images.max_pixels)
     counts = {task: 0 if kind == "caption" else args.examples for task, (kind, _) in found.items()}
     cases = {task: evidencepage.cases(*tasks[task], found[task][1], counts[task]) for task in tasks}
