@@ -229,7 +229,7 @@ def warm_start(work: Path) -> Iterator[dict[str, str]]:
     path.unlink(missing_ok=True)
     with (work / "warm.log").open("ab") as log:
         server = subprocess.Popen([sys.executable, warm.__file__, str(path)], env=env(), stdout=log, stderr=log)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not path.exists() and server.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
     try:
