@@ -139,9 +139,8 @@ def _run(words: list[str]) -> int:
     import threading
     import traceback
 
-    import torch
-
-    if torch.cuda._is_in_bad_fork():  # type: ignore[no-untyped-call]
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda._is_in_bad_fork():
         os.execv(sys.executable, [sys.executable, "-m", *words])
     sys.argv = list(words)
     code: Any = 0
