@@ -232,7 +232,7 @@ def warm_start(work: Path) -> Iterator[dict[str, str]]:
     end = time.monotonic() + 300
     while not path.exists() and server.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
-    print("stages start warm" if path.exists() else "stages start cold: what they import took more than five minutes", flush=True)
+    print(f"stages start {'warm' if path.exists() else 'cold: their imports took over five minutes'}", flush=True)
     try:
         yield {**env(), "BASH_ENV": str(functions)} if path.exists() else env()
     finally:
