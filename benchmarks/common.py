@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from surf import tables
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # plain.py: the loops that tests compare with are baselines here
 
@@ -25,8 +27,7 @@ def machine() -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; floats get three significant digits."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(_text(cell) for cell in line) + " |" for line in lines)
+    return tables.table(head, [[_text(cell) for cell in row] for row in rows])
 
 
 def peak_mb() -> float:

@@ -1,12 +1,13 @@
 """The controlled experiment: does the fine-tune teach selectivity where the share of misleading references is known?
 
-    python benchmarks/experiment.py --models models --work WORK --out TABLES [--minutes 9]
+    python benchmarks/experiment.py --models models --work WORK --out TABLES [--seeds 0] [--minutes 9]
     python benchmarks/experiment.py --tiny --work WORK --out TABLES
 
 Draws a world for every seed (`surf.demo.controlled`), writes a config for every cell (share × seed), runs Snakemake on all
-cells side by side, and collects what is finished: questions.parquet and right.parquet (every answer), tables.parquet and
-tables.md. Run it again after a kill, or after --minutes: it goes on. Models come from `surf.demo.train --size large`; --tiny
-takes the embedded ones and a small world, on a CPU: it shows that all runs, and its figures mean nothing.
+cells side by side, each on one of the GPUs, and keeps the answers of those that are finished: questions.parquet and
+right.parquet, from which `experiment_tables.py` makes the tables. Run it again after a kill, or after --minutes: it goes on.
+Models come from `surf.demo.train --size large`; --tiny takes the embedded ones and a small world, on a CPU: it shows that
+all runs, and its figures mean nothing.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import experiment_tables
+import warm
 import yaml
+from experiment_tables import Cell
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "surf" / "demo" / "models"
@@ -30,8 +33,8 @@ SPLITS = ("random", "popular", "adversarial")
 MAIN, MAIN_SHARE = 2000, 0.5  # pairs of the main fine-tune; where the extra variants and sweeps run
 
 VARIANTS: dict[str, dict[str, Any]] = {  # in every cell
-    "sft": {"pair": {"mix": {"no_reference": 1.0}}},
-    "positives-only": {"pair": {"mix": {"positive_only": 1.0}}},
+    "sft": {"pair": {"rounds": "both", "mix": {"no_reference": 1.0}}},  # the questions that SURf learns from
+    "positives-only": {"pair": {"rounds": "both", "mix": {"positive_only": 1.0}}},
     "mixed": {"pair": {"mix": {"positive_only": 0.15, "negative_only": 0.25, "no_reference": 0.15}}},
 }
 EXTRA_VARIANTS: dict[str, dict[str, Any]] = {  # at MAIN_SHARE
@@ -62,32 +65,21 @@ class Scale:
 
     size: str = "large"
     images: int = 10_000
-    test_images: int = 1500
+    test_images: int = 600
     corpus: int = 100_000
     murk: int = 225
+    miscaptioned: float = 0.25
     limit: int = 25_000  # rounds answered in a cell; twice as many at MAIN_SHARE, whose sweep needs more pairs
+    shards: int = 4
     unit: int = 1  # pairs of all fine-tunes are divided by it
     shares: tuple[float, ...] = (0.2, 0.5, 0.8)
     seeds: tuple[int, ...] = (0, 1, 2)
     dtype: str = "bfloat16"
-    max_new_tokens: int = 40
+    max_new_tokens: int = 48
     learning_rate: float = 1e-4
 
 
-TINY = Scale("small", 60, 12, 400, 205, 120, 100, (0.5,), (0,), "float32", 24)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the pipeline. labels: the judge of `score`, answer or loglik."""
-
-    share: float
-    seed: int
-    labels: str = "answer"
-
-    @property
-    def name(self) -> str:
-        return f"{self.labels}-{self.share:g}-{self.seed}"
+TINY = Scale("small", 60, 12, 400, 205, 0.25, 120, 1, 100, (0.5,), (0,), "float32", 24)
 
 
 def cells_of(scale: Scale) -> list[Cell]:
@@ -112,7 +104,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
         "results": "results",
         "seed": cell.seed,
         "images": {"roots": [f"{world}/images.parquet"]},
-        "shards": {"corpus": 2, "rounds": 2},
+        "shards": {"corpus": scale.shards, "rounds": scale.shards},
         "catalog": {"captions": [f"{world}/corpus-{cell.share:g}.json"]},
         "embed": {"model": f"local-dir:{models}/clip", "pretrained": None, "workers": 2},
         "split": {"conversations": [f"{world}/sft.json"], "limit": scale.limit * (1 + extra)},
@@ -124,8 +116,8 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
             "compile": False,
         },
         "answer": {"max_new_tokens": scale.max_new_tokens, "gold_loglik": not full},
-        "retrieve": {"references": 8, "max_similarity": 1.0},
-        "reanswer": {"references": 8},
+        "retrieve": {"references": 6, "max_similarity": 1.0},
+        "reanswer": {"references": 6},
         "score": {
             "judge": cell.labels,
             "bertscore_model": f"{models}/bert",
@@ -134,9 +126,21 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
             "right_above": 0.95,
         },
         "pair": {"samples": MAIN // scale.unit},
-        "finetune": {"learning_rate": scale.learning_rate, "zero_stage": 0, "gradient_checkpointing": False},
+        "finetune": {
+            "learning_rate": scale.learning_rate,
+            "zero_stage": 0,
+            **{"gradient_checkpointing": False, "packing": False},  # at this size every launch counts
+            "workers": 2 if scale.dtype == "bfloat16" else 0,
+            "save_steps": 100_000,  # it takes less time to train again
+        },
         "variants": variants,
-        "evaluate": {"tasks": {"pope": pope}, "methods": methods, "sweeps": SWEEPS if extra else {}, "examples": 4},
+        "evaluate": {
+            "tasks": {"pope": pope},
+            "methods": methods,
+            "sweeps": SWEEPS if extra else {},
+            "resamples": 100,
+            "examples": 4,
+        },
     }
 
 
@@ -155,7 +159,7 @@ def draw_worlds(scale: Scale, work: Path, processes: int) -> None:
         if (world / "done").exists():
             continue
         flags = {"seed": seed, "size": scale.size, "images": scale.images, "test-images": scale.test_images}
-        flags |= {"corpus": scale.corpus, "murk": scale.murk, "workers": processes}
+        flags |= {"corpus": scale.corpus, "murk": scale.murk, "miscaptioned": scale.miscaptioned, "workers": processes}
         shares = [f"{share:g}" for share in sorted({*scale.shares, MAIN_SHARE})]
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         subprocess.run(
@@ -166,27 +170,74 @@ def draw_worlds(scale: Scale, work: Path, processes: int) -> None:
 
 def run(cells: list[Cell], work: Path, target: str, processes: int, deadline: float) -> bool:
     """Run Snakemake for every cell, all at a time; stop them at the deadline. Return whether all are finished."""
-    each = max(1, round(1.5 * processes / len(cells)))
     running = {}
-    for cell in cells:
-        folder = work / cell.name
-        words = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--directory", str(folder)]
-        words += ["--cores", str(each), "--resources", f"gpu={each}", "--scheduler", "greedy", "--keep-going", "--nolock"]
-        words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--"]
-        with (folder / "snakemake.log").open("ab") as log:
-            command = python("snakemake", *words, target)
-            running[cell] = subprocess.Popen(
-                command, cwd=folder, env=env(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-    try:
-        while any(process.poll() is None for process in running.values()) and time.monotonic() < deadline:
-            time.sleep(1)
-    finally:
-        stop([process for process in running.values() if process.poll() is None])
+    with warm_start(work) as environment:
+        for cell, (gpu, cores) in placed(cells, gpus(), processes).items():
+            folder = work / cell.name
+            words = ["--snakefile", str(ROOT / "Snakefile"), "--configfile", "config.yaml", "--directory", str(folder)]
+            words += ["--cores", str(cores), "--resources", f"gpu={cores}", "--scheduler", "greedy", "--keep-going", "--nolock"]
+            words += ["--rerun-incomplete", "--rerun-triggers", "mtime", "params", "input", "--", target]
+            with (folder / "snakemake.log").open("ab") as log:
+                running[cell] = subprocess.Popen(
+                    python("snakemake", *words),
+                    cwd=folder,
+                    env={**environment, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+        began, ended = time.monotonic(), dict[Cell, float]()
+        try:
+            while len(ended) < len(running) and time.monotonic() < deadline:
+                ended |= {
+                    c: time.monotonic() - began for c, one in running.items() if one.poll() is not None and c not in ended
+                }
+                time.sleep(0.5)
+        finally:
+            stop([process for process in running.values() if process.poll() is None])
     for cell, process in running.items():
-        log = work / cell.name / "snakemake.log"
-        print(f"{cell.name}: {'finished' if process.returncode == 0 else f'not finished, see {log}'}", flush=True)
+        log_file = work / cell.name / "snakemake.log"
+        words_ = f"finished, {ended[cell]:.0f} s" if process.returncode == 0 else f"not finished, see {log_file}"
+        print(f"{cell.name}: {words_}", flush=True)
     return all(process.returncode == 0 for process in running.values())
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine, as CUDA_VISIBLE_DEVICES names them; [""] without any."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    found = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return found or [""]
+
+
+def placed(cells: list[Cell], names: list[str], processes: int) -> dict[Cell, tuple[str, int]]:
+    """GPU and jobs at a time of every cell: each to the GPU that has least to do, and jobs by what there is to do."""
+    weights = {cell: 3 if cell.labels == "answer" and cell.share == MAIN_SHARE else 1 for cell in cells}
+    loads, found = dict.fromkeys(names, 0), {}
+    for cell in sorted(cells, key=lambda cell: -weights[cell]):
+        name = min(loads, key=loads.__getitem__)
+        loads[name] += weights[cell]
+        found[cell] = name, max(1, round(1.5 * processes * weights[cell] / sum(weights.values())))
+    return found
+
+
+@contextlib.contextmanager
+def warm_start(work: Path) -> Iterator[dict[str, str]]:
+    """The environment in which stages start without their imports, see `warm`."""
+    path, functions = work / "warm.socket", work / "warm.sh"
+    functions.write_text(warm.shell_functions(path))
+    path.unlink(missing_ok=True)
+    with (work / "warm.log").open("ab") as log:
+        server = subprocess.Popen([sys.executable, warm.__file__, str(path)], env=env(), stdout=log, stderr=log)
+    end = time.monotonic() + 300
+    while not path.exists() and server.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    print(f"stages start {'warm' if path.exists() else 'cold: their imports took over five minutes'}", flush=True)
+    try:
+        yield {**env(), "BASH_ENV": str(functions)} if path.exists() else env()
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def stop(running: list[subprocess.Popen[bytes]]) -> None:
@@ -211,201 +262,41 @@ def env() -> dict[str, str]:
     return {**os.environ, **wanted, "HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a cell's methods answered. right: bool [questions] by method; misled, hidden: bool [questions], of the truth."""
-
-    cell: Cell
-    ids: list[str]
-    images: list[str]
-    misled: np.ndarray
-    hidden: np.ndarray
-    right: dict[str, np.ndarray]
-
-
-def read(cell: Cell, work: Path) -> Answers | None:
-    """Return a finished cell's answers."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    path = work / cell.name / "results" / "evidence" / "scores.parquet"
-    if not path.exists():
-        return None
-    truth = pq.read_table(work / f"world-{cell.seed}" / "truth.parquet", columns=["query", "level", "hidden"]).to_pylist()
-    level, hides = ({row["query"]: row[name] for row in truth} for name in ("level", "hidden"))
-    asked = pq.read_table(next((work / cell.name / "results" / "evaluate").glob("*/questions.parquet"))).to_pylist()
-    place = {row["question_id"]: number for number, row in enumerate(asked)}
-    scores = pq.read_table(path, columns=["method", "question_id", "score"])
-    right: dict[str, np.ndarray] = {}
-    for method in dict.fromkeys(scores["method"].to_pylist()):
-        own = scores.filter(pc.equal(scores["method"], method))
-        right[method] = np.zeros(len(asked), bool)
-        right[method][[place[key] for key in own["question_id"].to_pylist()]] = own["score"].to_numpy() >= 0.5
-    images = [row["image"] for row in asked]
-    misled = np.array([level[image] < cell.share for image in images])
-    hidden = np.array([row["question"].split()[3] in hides[row["image"]] for row in asked])
-    return Answers(cell, list(place), images, misled, hidden, right)
-
-
-def measure(found: list[Answers], resamples: int = 2000) -> Iterator[dict[str, Any]]:
-    """Yield accuracies and paired differences: of each cell and of all seeds together, of all questions and of parts of them.
-
-    Intervals are 95 %, of a bootstrap of images; p is McNemar's.
-    """
-    from surf import intervals
-
-    groups: dict[tuple[str, float, str], list[Answers]] = {}
-    for one in found:
-        for seed in ("all", str(one.cell.seed)):
-            groups.setdefault((one.cell.labels, one.cell.share, seed), []).append(one)
-    for (labels, share, seed), some in groups.items():
-        images = [f"{one.cell.seed}/{image}" for one in some for image in one.images]
-        misled, hidden = (np.concatenate([getattr(one, name) for one in some]) for name in ("misled", "hidden"))
-        methods = [name for name in some[0].right if all(name in one.right for one in some)]
-        right = {name: np.concatenate([one.right[name] for one in some]) for name in methods}
-        for part, rows in {"all": misled | True, "helps": ~misled, "misleads": misled, "hidden": hidden}.items():
-            if not rows.any():
-                continue
-            keys = [(name, None) for name in methods]
-            keys += [
-                (name, other)
-                for name in methods
-                for other in ("zero-shot", "vanilla-rag", "surf")
-                if other in right and other != name
-            ]
-            tops = np.stack([right[a][rows] - (0.0 if b is None else right[b][rows] * 1.0) for a, b in keys], axis=1)
-            clusters = [image for image, of in zip(images, rows, strict=True) if of]
-            for (name, other), value in zip(
-                keys, intervals.ratios(tops, np.ones_like(tops), clusters, resamples, 0), strict=True
-            ):
-                row = {"labels": labels, "share": share, "seed": seed, "part": part, "method": name, "against": other}
-                p = None
-                if other is not None:
-                    a, b = right[name][rows], right[other][rows]
-                    p = intervals.mcnemar(int((a & ~b).sum()), int((~a & b).sum()))
-                yield {**row, **value._asdict(), "p": p, "questions": int(rows.sum())}
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Return the tables as text: all seeds together."""
-    place = {(r["labels"], r["share"], r["seed"], r["part"], r["method"], r["against"]): r for r in rows}
-    shares = sorted({row["share"] for row in rows})
-    lines = ["# The controlled experiment", ""]
-
-    def text(key: tuple[Any, ...], sign: str = "") -> str:
-        row = place.get(key)
-        if row is None or row["low"] is None:
-            return ""
-        words = (format(100 * row[name], f"{sign}.1f") for name in ("value", "low", "high"))
-        return "{} ({} to {})".format(*words)
-
-    for labels in sorted({row["labels"] for row in rows}):
-        methods = list(dict.fromkeys(row["method"] for row in rows if row["labels"] == labels and row["against"] is None))
-        for part in ("all", "helps", "misleads"):
-            lines += [f"## Accuracy (%), labels by {labels}, questions: {part}", ""]
-            body = [[m, *(text((labels, share, "all", part, m, None)) for share in shares)] for m in methods]
-            lines += [table(["Method", *(f"{share:g} mislead" for share in shares)], body), ""]
-        for other in ("zero-shot", "vanilla-rag", "surf"):
-            lines += [f"## Minus {other} (points), labels by {labels}, all questions", ""]
-            body = [[m, *(text((labels, s, "all", "all", m, other), "+") for s in shares)] for m in methods if m != other]
-            lines += [table(["Method", *(f"{share:g} mislead" for share in shares)], body), ""]
-    lines += ["## Goals", ""]
-    for share in shares:
-        ours = place.get(("answer", share, "all", "all", "surf", None))
-        for other in ("zero-shot", "vanilla-rag"):
-            theirs = place.get(("answer", share, "all", "all", other, None))
-            if ours and theirs and ours["low"] is not None and theirs["high"] is not None:
-                verdict = "above, intervals apart" if ours["low"] > theirs["high"] else "not above with intervals apart"
-                lines.append(f"- {share:g} mislead: surf against {other}: {verdict}")
-        loss = text(("answer", share, "all", "misleads", "surf", "zero-shot"), "+")
-        lines.append(f"- {share:g} mislead: surf minus zero-shot where references mislead: {loss} points (goal: above -1)")
-    return "\n".join(lines) + "\n"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
-
-
-def kept(out: Path) -> list[Answers]:
-    """Return the answers that an earlier call wrote to `out`, perhaps on another machine."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    if not (out / "right.parquet").exists():
-        return []
-    questions, answered = (pq.read_table(out / f"{name}.parquet") for name in ("questions", "right"))
-    found = []
-    for name in dict.fromkeys(questions["cell"].to_pylist()):
-        labels, share, seed = name.rsplit("-", 2)
-        asked = questions.filter(pc.equal(questions["cell"], name)).to_pydict()
-        own = answered.filter(pc.equal(answered["cell"], name))
-        methods = dict.fromkeys(own["method"].to_pylist())
-        right = {one: np.array(own.filter(pc.equal(own["method"], one))["right"]) for one in methods}
-        truth = np.array(asked["misled"]), np.array(asked["hidden"])
-        cell = Cell(float(share), int(seed), labels)
-        found.append(Answers(cell, asked["question_id"], asked["image"], *truth, right))
-    return found
-
-
-def collect(cells: list[Cell], work: Path, out: Path) -> None:
-    """Write right.parquet, questions.parquet, tables.parquet and tables.md of all finished cells, and of those in `out`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    found = [one for cell in cells if (one := read(cell, work)) is not None]
-    fresh = {one.cell for one in found}
-    found = sorted([*found, *(one for one in kept(out) if one.cell not in fresh)], key=lambda one: one.cell.name)
-    if not found:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    questions: list[pa.Table] = []
-    right: list[pa.Table] = []
-    for one in found:
-        size = len(one.ids)
-        about = {"question_id": one.ids, "image": one.images, "misled": one.misled, "hidden": one.hidden}
-        questions.append(pa.table({"cell": [one.cell.name] * size, **about}))
-        for name, rows in one.right.items():
-            right.append(pa.table({"cell": [one.cell.name] * size, "method": [name] * size, "right": rows}))
-    for name, tables in (("questions", questions), ("right", right)):
-        pq.write_table(pa.concat_tables(tables), out / f"{name}.parquet", compression="zstd")
-    rows = list(measure(found))
-    pq.write_table(pa.Table.from_pylist(rows), out / "tables.parquet", compression="zstd")
-    (out / "tables.md").write_text(markdown(rows))
-    print(f"tables of {len(found)} cells: {out / 'tables.md'}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for worlds and runs; kept between calls")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the answers and tables")
     parser.add_argument("--models", type=Path, default=DEMO)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--target", default="evidence", help="Snakemake target; pairs or model stop earlier")
+    parser.add_argument("--target", default="evidence", help="Snakemake target; pairs or model stop earlier; or world")
     parser.add_argument("--seeds", type=int, nargs="*", help="only cells of these seeds; --out keeps what it has of others")
+    parser.add_argument("--cells", nargs="*", help="only the cells of these names, such as answer-0.5-0")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the runs after this time")
     parser.add_argument("--murk", type=int, help="see surf.demo.controlled")
+    parser.add_argument("--miscaptioned", type=float, help="see surf.demo.controlled")
     parser.add_argument("--learning-rate", type=float, help="of all fine-tunes")
     parser.add_argument("--leave-out", nargs="*", default=[], help="variants that are not run")
+    parser.add_argument("--raw", action="store_true", help="keep the answers, make no tables: another machine may do that")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
     scale = TINY if args.tiny else Scale()
-    changes = {name: getattr(args, name) for name in ("murk", "learning_rate") if getattr(args, name) is not None}
+    names = ("murk", "miscaptioned", "learning_rate")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     scale = replace(scale, **changes, seeds=tuple(args.seeds) if args.seeds else scale.seeds)
     work, models = args.work.resolve(), args.models.resolve()
     processes = len(os.sched_getaffinity(0))
     draw_worlds(scale, work, processes)
-    cells = cells_of(scale)
+    if args.target == "world":
+        return
+    cells = [cell for cell in cells_of(scale) if not args.cells or cell.name in args.cells]
     for cell in cells:
         folder = work / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        made = config(cell, scale, models, work / f"world-{cell.seed}", args.leave_out)
+        made = config(cell, scale, models, work / cell.world, args.leave_out)
         (folder / "config.yaml").write_text(yaml.safe_dump(made, sort_keys=False))
     finished = run(cells, work, args.target, processes, deadline)
-    collect(cells, work, args.out)
+    if experiment_tables.keep(cells, work, args.out) and not args.raw:
+        experiment_tables.write(args.out)
     if not finished:
         sys.exit("not all cells are finished; run the same command again")
 

@@ -74,6 +74,11 @@ def scored(task: str, kind: str, questions: Sequence[Row], runs: Sequence[Run], 
     ]
 
 
+def short(row: Row) -> Row:
+    """The row with six digits of every number: more would say nothing."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = cli.parse(
@@ -99,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         leaked = leaks(questions, args.catalog)
         tasks[task] = questions, runs
         scores += scored(task, kind, questions, runs, leaked)
-        measured += measures.measure(task, kind, questions, runs, leaked, args.resamples, args.seed)
+        measured += map(short, measures.measure(task, kind, questions, runs, leaked, args.resamples, args.seed))
     meta = {
         "stage": "evidence",
         "version": config.Evaluate.version,
@@ -113,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         csv.write_csv(table, temporary)
     store.write_text(args.out / "table.md", evidencetable.markdown(measured, tasks))
     for task in tasks:
-        evidencetable.figure(measured, task, args.out / f"{task}.svg")
+        evidencetable.figure(measured, task, tasks[task][1], args.out / f"{task}.svg")
     images = Images(args.images.roots, args.images.max_pixels)
     counts = {task: 0 if kind == "caption" else args.examples for task, (kind, _) in found.items()}
     cases = {task: evidencepage.cases(*tasks[task], found[task][1], counts[task]) for task in tasks}

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from surf.intervals import Estimate
 from surf.measures import ALL, BLIND, CHANCE, Run, baselines, random_twin
-from surf.tables import line, percent, save
+from surf.tables import percent, save
+from surf.tables import table as as_markdown
 
 Row = dict[str, Any]
 Tasks = Mapping[str, tuple[Sequence[Row], Sequence[Run]]]  # task: its questions, its runs
@@ -126,21 +127,35 @@ def markdown(measured: Sequence[Row], tasks: Tasks) -> str:
     for task, found in tables(measured, tasks).items():
         lines += [f"## {task}", ""]
         for table in found:
-            lines += [f"### {table.title}", "", table.about, "", line(table.head)]
-            lines += [line(["---", *["---:"] * (len(table.head) - 1)]), *map(line, table.rows), ""]
+            numbers = range(1, len(table.head))
+            lines += [f"### {table.title}", "", table.about, "", as_markdown(table.head, table.rows, right=numbers), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def figure(measured: Sequence[Row], task: str, path: Path) -> None:
-    """Score and interval of every method as dots, image-blind and chance as lines, as SVG; equal rows, equal bytes."""
+def curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, str]]]:
+    """Methods that differ in nothing but their number of references: (number, method), by the name of the first with any."""
+    groups: dict[str, list[tuple[int, str]]] = {}
+    for run in runs:
+        if run.how is not None:
+            same = run.how.model_copy(update={"references": 0}).model_dump_json()
+            groups.setdefault(same, []).append((run.how.references, run.method))
+    named = [([method for count, method in group if count], group) for group in groups.values()]
+    return {names[0]: sorted(group) for names, group in named if len(names) > 1}
+
+
+def figure(measured: Sequence[Row], task: str, runs: Sequence[Run], path: Path) -> None:
+    """Score and interval of every method as dots, image-blind and chance as lines; below, scores over the number of
+    references, where that was swept. As SVG; equal rows, equal bytes."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     look = Lookup(measured, task)
     scores = {key[2]: row for key, row in look.rows.items() if key[:2] == (ALL, ALL) and key[3] == "score"}
     methods = [name for name in scores if name not in (BLIND, CHANCE)]
-    canvas = FigureCanvasSVG(Figure(figsize=(6.4, 1.1 + 0.26 * len(methods)), layout="constrained"))
-    axes = canvas.figure.add_subplot()
+    swept = curves(runs)
+    heights = [1.1 + 0.26 * len(methods), *[2.6] * bool(swept)]
+    canvas = FigureCanvasSVG(Figure(figsize=(6.4, sum(heights)), layout="constrained"))
+    axes, *below = canvas.figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     for place, name in enumerate(methods):
         row = scores[name]
         if row["low"] is not None:
@@ -153,10 +168,24 @@ def figure(measured: Sequence[Row], task: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"{task}: score (%)")
     axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         canvas.figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize="small")
+    for lower in below:
+        for number, (name, points) in enumerate(swept.items()):
+            rows = [scores[method] for _, method in points]
+            low, high = ([100 * abs(row["value"] - (row[side] or row["value"])) for row in rows] for side in ("low", "high"))
+            counts, values = [count for count, _ in points], [100 * row["value"] for row in rows]
+            lower.errorbar(
+                counts, values, yerr=[low, high], marker="o", markersize=4, capsize=2, label=name, color=f"C{number}"
+            )
+        lower.set_xticks(sorted({count for points in swept.values() for count, _ in points}))
+        lower.set_xlabel("references, at most")
+        lower.set_ylabel("score (%)")
+        lower.grid(axis="y", color="0.9")
+        lower.legend(frameon=False, fontsize="small")
+    for one in (axes, *below):
+        one.set_axisbelow(True)
+        one.spines[["top", "right", "left"]].set_visible(False)
     save(canvas, path)
 
 

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from surf import tables
+
 if TYPE_CHECKING:
     from surf.plan import Plan
 
@@ -22,18 +24,7 @@ def table(planned: "Plan", gpus: int) -> str:
         ]
         for line in planned.lines
     ]
-    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
-    rule = ["-" * width for width in widths]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in [head, rule]
-    ]
-    for row in body:
-        cells = [
-            cell.ljust(width) if column in (0, 7) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
+    lines = [tables.table(head, body, right=range(1, 7), padded=True), ""]
     if planned.wall_seconds and planned.gpu_hours:
         low, middle, high = planned.wall_seconds
         lines.append(f"Wall time with {gpus} GPUs at a time: {time(middle)} (90 % between {time(low)} and {time(high)})")

@@ -7,7 +7,7 @@ from typing import Any
 from surf import metrics
 from surf.errors import SurfError
 from surf.metrics import HEADLINE, METRICS, RULES, Estimate, Part
-from surf.tables import line, percent, save
+from surf.tables import percent, save, table
 
 BLIND = "image-blind"  # a method of its own: see `metrics.blind`
 MEAN = "mean"  # a split of its own: the plain mean over the splits
@@ -69,38 +69,40 @@ def markdown(rows: Sequence[Row], deltas: Sequence[tuple[str, str, Estimate]] = 
         " no in it; with neither or both it is unparsed and wrong. `image-blind` sees no image: it gives each object the label"
         " that it has most often on the other images.",
         "",
-        line(["Method", "Split", *(_NAMES[metric] for metric in METRICS)]),
-        line(["---", "---", *["---:"] * len(METRICS)]),
     ]
+    body = []
     for method, split in places:
         values = [cells[method, split, HEADLINE, metric] for metric in METRICS]
-        lines.append(line([method, split, percent(values[0]), *(_percent(value.value) for value in values[1:])]))
+        body.append([method, split, percent(values[0]), *(_percent(value.value) for value in values[1:])])
+    head = ["Method", "Split", *(_NAMES[metric] for metric in METRICS)]
+    lines += [table(head, body, right=range(2, len(head)))]
     lines += ["", "## The same answers under five rules", "", "Accuracy / F1. Only the first rule is ours.", ""]
-    lines += [line(["Method", "Split", *RULES]), line(["---", "---", *["---:"] * len(RULES)])]
+    body = []
     for method, split in places:
         if method == BLIND:  # nothing but yes and no: every rule reads it alike
             continue
         both = [[cells[method, split, rule, metric].value for metric in ("accuracy", "f1")] for rule in RULES]
-        lines.append(line([method, split, *(" / ".join(map(_percent, pair)) for pair in both)]))
+        body.append([method, split, *(" / ".join(map(_percent, pair)) for pair in both)])
+    lines += [table(["Method", "Split", *RULES], body, right=range(2, 2 + len(RULES)))]
     if deltas:
         lines += ["", "## Differences", "", "Mean accuracy over the splits, in points; paired bootstrap over images.", ""]
-        lines += [line(["Method", "minus", "Difference"]), line(["---", "---", "---:"])]
-        lines += [line([later, earlier, percent(delta, sign=True)]) for later, earlier, delta in deltas]
+        body = [[later, earlier, percent(delta, sign=True)] for later, earlier, delta in deltas]
+        lines += [table(["Method", "minus", "Difference"], body, right=[2])]
     return "\n".join(lines) + "\n"
 
 
 def plain(rows: Sequence[Row]) -> str:
     """A table for the terminal: one line a rule, in percent, and the image-blind line at the end."""
     cells, places = _cells(rows)
-    table = [["rule", *METRICS]]
+    lines = [["rule", *METRICS]]
     for method, split in places:
         if split != MEAN:
             for rule in RULES if method != BLIND else [HEADLINE]:
                 name = BLIND if method == BLIND else rule
-                table.append([name, *(percent(cells[method, split, rule, metric]) for metric in METRICS)])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
-    return "\n".join(lines) + "\n"
+                lines.append([name, *(percent(cells[method, split, rule, metric]) for metric in METRICS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines)
+    return "\n".join(text) + "\n"
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:

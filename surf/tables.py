@@ -1,6 +1,6 @@
-"""What all result tables and plots share: a Markdown line, a number with its interval, an SVG with stable bytes."""
+"""What all tables and plots share: Markdown, a number with its interval, an SVG with stable bytes."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,25 @@ from surf.intervals import Estimate
 def line(cells: Iterable[str]) -> str:
     """One line of a Markdown table."""
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = (), padded: bool = False) -> str:
+    """A Markdown table.
+
+    Args:
+        right: columns that are aligned to the right.
+        padded: cells are filled up with blanks, so that it is a table on a terminal too.
+    """
+    lines = [list(head), ["---:" if column in right else "---" for column in range(len(head))], *map(list, rows)]
+    if padded:
+        columns = []
+        for number, column in enumerate(zip(*lines, strict=True)):
+            width = max(map(len, column))
+            side = str.rjust if number in right else str.ljust
+            columns.append([side(cell, width) for cell in column])
+            columns[-1][1] = column[1].replace("---", "-" * (width - column[1].count(":")))
+        lines = [list(row) for row in zip(*columns, strict=True)]
+    return "\n".join(map(line, lines))
 
 
 def percent(value: Estimate, *, sign: bool = False) -> str:

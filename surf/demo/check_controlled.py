@@ -1,6 +1,6 @@
 """Measure whether the trained models suit the controlled experiment, on fresh scenes drawn as `surf.demo.controlled` does.
 
-    python -m surf.demo.check_controlled --models models [--images 150] [--murk 225] [--tune 1000] [--device cuda]
+    python -m surf.demo.check_controlled --models models [--images 150] [--murk 225] [--tune 1000] [--rate 1e-4 3e-4] …
 
 What must hold, and what to change where it does not:
 
@@ -8,11 +8,12 @@ What must hold, and what to change where it does not:
     no reference                          0.70 to 0.90                         murk: how much is seen through fog
     two re-renders                        well above                           more image_steps: captions are not read
     two look-alikes, miscaptioned         well below                           trust nearer to 1: the model judges already
-    relevance of re-renders, look-alikes  above 0.8: the difference is seen    more image_steps, or a larger share judged
+    relevance, same: each role            above 0.8: the difference is seen    more image_steps, or a larger share judged
     retrieved: helps, misleads            like the rows above                  CLIP: more clip_steps
     the same, tuned                       helps kept, misleads near none       nothing to learn from
 
-The tuning is a short trial with a true and a false reference for each question. It is not the pipeline's.
+The tuning is a short trial with a true and a false reference for each question; with --both-false, a share of the questions
+has two false ones. It is not the pipeline's.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surf import tables
 from surf.demo import controlled
 from surf.demo import questions as q
 from surf.demo.check import View, neighbors, pope_questions, respond, tune
@@ -83,6 +85,15 @@ def conditions(queries: list[Query], asked: list[tuple[int, q.Round]], found: li
     half = len(queries) // 2
     for name, part in (("retrieved, helps", range(half)), ("retrieved, misleads", range(half, len(queries)))):
         yield name, [(one, [*found[n], queries[n].view]) for n, one in asked if n in part]
+    for role in ("re-render", "look-alike", "miscaptioned"):
+        prompts = []
+        for query in queries:
+            if role in query.references:
+                views = [query.references["re-render"][-1]]
+                place = rng.randrange(2)  # of the one that is asked about
+                views.insert(place, query.references[role][0])
+                prompts.append((q.ask_same(place + 1, role == "re-render"), [*views, query.view]))
+        yield f"same of two, {role}", prompts
     for role in ("re-render", "look-alike", "miscaptioned", "glimpse"):
         some = [(n, one, queries[n].references[role][0]) for n, one in asked[::2] if role in queries[n].references]
         good = role in controlled.GOOD
@@ -127,14 +138,15 @@ def table(lvlm: Any, processor: Any, cases: list[tuple[str, list[Prompt]]]) -> d
     return rows
 
 
-def tuning_samples(queries: list[Query], count: int) -> list[tuple[str, list[View], str]]:
-    """Return questions with one true and one false reference in random order, and the right answer."""
+def tuning_samples(queries: list[Query], count: int, both_false: float = 0.0) -> list[tuple[str, list[View], str]]:
+    """Return questions with one true and one false reference in random order, or two false ones, and the right answer."""
     rng = random.Random("tuning")
     asked = pope_questions([one.view for one in queries], rng)
     samples = []
     for number, one in rng.sample(asked, min(count, len(asked))):
         roles = queries[number].references
-        pair = [roles["re-render"][0], rng.choice([*roles["look-alike"], *roles.get("miscaptioned", [])])]
+        false = [*roles["look-alike"], *roles.get("miscaptioned", [])]
+        pair = [rng.choice(false) if rng.random() < both_false else roles["re-render"][0], rng.choice(false)]
         samples.append((one.text, [*rng.sample(pair, 2), queries[number].view], one.answer))
     return samples
 
@@ -149,24 +161,37 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--murk", type=int, default=controlled.Options.murk)
     parser.add_argument("--tune", type=int, default=0, help="samples of a trial fine-tune; 0: none")
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, nargs="+", default=[1e-4], help="learning rates, a trial with each")
+    parser.add_argument("--both-false", type=float, default=0.0, help="share of the trial's samples with two false references")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     options = controlled.Options(murk=args.murk)
     clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{args.models / 'clip'}")
-    lvlm = AutoModelForImageTextToText.from_pretrained(args.models / "lvlm", dtype=torch.float32).to(args.device).eval()
+
+    def load() -> Any:
+        network = AutoModelForImageTextToText.from_pretrained(args.models / "lvlm", dtype=torch.float32)
+        return network.to(args.device).eval()
+
     processor = AutoProcessor.from_pretrained(args.models / "lvlm")
     queries = draw_queries(options, "check", args.images)
     found = retrieved(clip.eval(), preprocess, queries, options)
     cases = list(conditions(queries, pope_questions([one.view for one in queries], random.Random("check")), found))
-    columns = {"base": table(lvlm, processor, cases)}
+    columns = {"base": table(load(), processor, cases)}
+    show(columns, args.murk)
     if args.tune:
-        samples = tuning_samples(draw_queries(options, "check tuning", args.tune // 4 + 1), args.tune)
-        tune(lvlm, processor, samples, 2, args.rate)
-        columns[f"tuned on {len(samples)}"] = table(lvlm, processor, cases)
-    print("| murk | condition | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
-    for name, _ in cases:
-        print(f"| {args.murk} | {name} | " + " | ".join(rows[name] for rows in columns.values()) + " |")
+        samples = tuning_samples(draw_queries(options, "check tuning", args.tune // 4 + 1), args.tune, args.both_false)
+        for rate in args.rate:
+            lvlm = load()
+            tune(lvlm, processor, samples, 2, rate)
+            columns[f"tuned on {len(samples)}, {rate:g}"] = table(lvlm, processor, cases)
+        show(columns, args.murk)
+
+
+def show(columns: dict[str, dict[str, str]], murk: int) -> None:
+    """Print the conditions as rows, the models as columns."""
+    names = next(iter(columns.values()))
+    body = [[name, *(rows[name] for rows in columns.values())] for name in names]
+    print(tables.table([f"condition, murk {murk}", *columns], body, padded=True), flush=True)
 
 
 if __name__ == "__main__":

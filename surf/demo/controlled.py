@@ -36,7 +36,7 @@ from surf.demo.world import CLEAR_NOISE, QUERY_NOISE, Picture, conversation, jpe
 
 FEWEST = 3  # objects of a scene: POPE asks about three
 LISTED = 4  # references of one query in the corpus, in either case
-ROWS_PER_GROUP = 128  # of images.parquet: one group is read and kept as a whole
+ROWS_PER_GROUP = 64  # of images.parquet: one group is read and kept as a whole
 GOOD = ("re-render", "glimpse")
 
 
@@ -66,7 +66,7 @@ class Options:
     size: str = "large"  # key of STYLES
     seed: int = 0
     images: int = 10_000  # with about five questions each, to tune on
-    test_images: int = 1500  # with six questions each in every POPE split
+    test_images: int = 600  # with six questions each in every POPE split
     corpus: int = 100_000  # listed image-caption pairs
     miscaptioned: float = 0.25  # of the misleading queries: the image is right, the caption is not
     murk: int = 225  # least opacity of fog, of 255: how little can be seen of what is hidden
@@ -92,22 +92,23 @@ def build(out: Path, shares: Sequence[float], options: Options) -> dict[str, int
     total = sum(map(len, groups))
     names = iter(rng.sample(range(1, 20 * total), total))
     levels = [*spread(options.images, rng), *spread(options.test_images, rng)]
-    asked, listed, truth = [], [], []
+    asked, listed, truth, pictures = [], [], [], []
     for number, group in enumerate(groups):
         query = number < len(queries)
         split = queries[number][0] if query else "corpus"
         level = levels[number] if query else 0.0
         if query:
             asked.append(Picture(f"{split}/{next(names):012d}.jpg", group[0].scene, group[0].data))
+            pictures.append((asked[-1].name, asked[-1].data))
         for one in group[query:]:
             name = f"corpus/{next(names):012d}.jpg"
             listed.append((name, one, level))
+            pictures.append((name, one.data))  # a query's references lie beside it, and are read together
             rows = [(name, listing) for listing in one.listings if query]
             about = (asked[-1].name, split, level, list(group[0].hidden)) if query else ()
             truth += [(*about, row.case, name, row.role, row.role in GOOD) for name, row in rows]
     rng.shuffle(listed)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [(name, one.data) for name, one, _ in listed] + [(one.name, one.data) for one in asked]
     write_packed(out / "images.parquet", pictures, ROWS_PER_GROUP)
     write_truth(out / "truth.parquet", truth)
     counts = {"images": len(pictures)}

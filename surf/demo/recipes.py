@@ -35,12 +35,14 @@ class Recipe:
     reference_share: float = 0.5  # of the training prompts, with one to three references
     trust: float = 0.93  # of those references, clear re-renders of the query scene: the model learns to believe them
     stray: float = 0.0  # of those references, unrelated scenes; the rest are look-alikes
-    judged: float = 0.0  # of the prompts with references, those that only ask whether the one reference is relevant
+    judged: float = 0.0  # of the prompts with references, those that only ask which of them are relevant, or of the scene
     bert_steps: int = 400
     threads: int = 2
     workers: int = 0  # processes that draw and lay out training data; 0: this one
     bf16: bool = False
     device: str = "cpu"
+    rank: int = 0  # of `world` processes that train together: no flags, torchrun sets them
+    world: int = 1
 
     @property
     def style(self) -> Style:
@@ -58,7 +60,8 @@ class Recipe:
         return torch.autocast(self.device.partition(":")[0], torch.bfloat16, enabled=self.bf16)
 
 
-# 24 million parameters in the LLaVA, 5 million of them in its vision tower.
+# 24 million parameters in the LLaVA, 5 million of them in its vision tower. References of prompts that are answered are all
+# true: whether to believe them is what a fine-tune has to teach. Batch sizes and scenes are those of all processes together.
 LARGE = Recipe(
     size="large",
     scenes=60_000,
@@ -75,10 +78,11 @@ LARGE = Recipe(
     lvlm_batch=128,
     text_steps=500,
     text_rate=1e-3,
-    image_steps=3000,
+    image_steps=4000,
     image_rate=8e-4,
-    trust=0.97,
-    judged=0.25,
+    reference_share=0.6,
+    trust=1.0,
+    judged=0.4,
     bf16=True,
 )
 RECIPES = {"small": Recipe(), "large": LARGE}

@@ -74,7 +74,7 @@ def _texts(seed: int, style: Style, scenes: int = 800) -> list[str]:
             system, shown = (q.SYSTEM_REFERENCES, captions) if rng.random() < 0.5 else (q.SYSTEM, [])
             texts.append(f"{system} USER: {layout(one.text, shown)} ASSISTANT: {one.answer}")
         if style != SMALL:
-            texts.append(q.ask_relevance(rounds[0], helps=True).text)
+            texts += [q.ask_relevance(rounds[0], helps=True).text, q.ask_same(rng.randint(1, 3), same=True).text]
     return texts
 
 

@@ -1,13 +1,14 @@
 """Train three models from nothing: CLIP, LLaVA on its vision tower, and BERT.
 
     python -m surf.demo.train --out surf/demo/models                                      the embedded example's, on a CPU
-    python -m surf.demo.train --out models --size large --device cuda --workers 14        those of `surf.demo.controlled`
+    torchrun --standalone --nproc-per-node 2 -m surf.demo.train --out models --size large --device cuda --workers 15
+                                                                                          those of `surf.demo.controlled`
 
 Training scenes are drawn from their own random streams, so no image of a world is ever seen here. With --size large the
-models are saved in bfloat16, and the language model learns two things apart: to answer with references that are nearly
-always true, so that it believes them, and to say whether a reference is of the scene it is asked about. What it never learns
-here is to make its belief depend on that; a fine-tune can.
-A model whose folder is there is not trained again.
+models are saved in bfloat16, and the language model learns two things apart: to answer with references that are always true,
+so that it believes them, and to say whether a reference is of the scene it is asked about. What it never learns here is to
+make its belief depend on that; a fine-tune can.
+A model whose folder is there is not trained again. Several processes share the scenes and the batches between them.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from surf.demo import questions as q
-from surf.demo import tokens
+from surf.demo import together, tokens
 from surf.demo.draw import KINDS, STYLES, Scene, Style, render
 from surf.demo.recipes import PATCH, RECIPES, Recipe
-from surf.demo.train_lvlm import build_model, optimize, train
+from surf.demo.train_lvlm import batches_of, build_model, optimize, train
 from surf.demo.world import CLEAR_NOISE, QUERY_HIDE, QUERY_NOISE
 
 CONTEXT = 48  # CLIP text tokens
@@ -36,33 +37,37 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 Bank = list[tuple[Scene, Scene]]  # of every training scene: itself and its look-alike
 
 
-def draw_bank(scenes: int, seed: int, style: Style = STYLES["small"], workers: int = 0) -> tuple[Bank, Any]:
+def draw_bank(
+    scenes: int, seed: int, style: Style = STYLES["small"], workers: int = 0, first: int = 0, step: int = 1
+) -> tuple[Bank, Any]:
     """Return (scene, look-alike) pairs and pixels uint8 [3 * scenes, size, size, 3].
 
-    The three images of a pair are a query view of the scene, a clear re-render of it and the clear look-alike.
+    The three images of a pair are a query view of the scene, a clear re-render of it and the clear look-alike. Of a larger
+    style the scenes are numbers first, first + step, …: as many for each of `step` processes.
     """
     import numpy as np
 
     bank, images = [], np.empty((3 * scenes, style.size, style.size, 3), dtype=np.uint8)
-    for number, (scene, other, views) in enumerate(_draw_scenes(scenes, seed, style, workers)):
+    numbers = range(first, first + scenes * step, step)
+    for number, (scene, other, views) in enumerate(_draw_scenes(numbers, seed, style, workers)):
         bank.append((scene, other))
         for offset, view in enumerate(views):
             images[3 * number + offset] = view
     return bank, images
 
 
-def _draw_scenes(scenes: int, seed: int, style: Style, workers: int) -> Iterator[tuple[Scene, Scene, list[Any]]]:
+def _draw_scenes(numbers: range, seed: int, style: Style, workers: int) -> Iterator[tuple[Scene, Scene, list[Any]]]:
     """Yield scene, look-alike and three images: from one random stream, or for a larger style from one for each scene."""
     from multiprocessing import get_context
 
     if style == STYLES["small"]:
         rng = random.Random(f"train:{seed}")
-        yield from (_draw_scene(rng, style) for _ in range(scenes))
+        yield from (_draw_scene(rng, style) for _ in numbers)
     elif not workers:
-        yield from (_draw_own(seed, style, number) for number in range(scenes))
+        yield from (_draw_own(seed, style, number) for number in numbers)
     else:
         with get_context("spawn").Pool(workers) as pool:
-            yield from pool.imap(partial(_draw_own, seed, style), range(scenes), chunksize=100)
+            yield from pool.imap(partial(_draw_own, seed, style), numbers, chunksize=100)
 
 
 def _draw_own(seed: int, style: Style, number: int) -> tuple[Scene, Scene, list[Any]]:
@@ -78,7 +83,8 @@ def _draw_scene(rng: random.Random, style: Style) -> tuple[Scene, Scene, list[An
         other = q.look_alike(scene, rng, hidden)
     else:
         hidden = q.hide_some(scene, rng, style)
-        other = q.mislead(scene, rng, hidden, 1, style)
+        tells = rng.choice((1, 1, 2, 3))  # the easy ones are learned first, and the way to the hard ones
+        other = q.mislead(scene, rng, hidden, tells, style)
     views = (
         render(scene, rng, QUERY_NOISE, hidden, style),
         render(scene, rng, CLEAR_NOISE, style=style),
@@ -144,7 +150,9 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     config = clip_config(recipe, len(tokenizer))
     model = CLIP(**config).to(recipe.device)
     model.logit_scale.data.fill_(2.0)  # a soft start: exp(2) = 7.4
+    rows = Captions(bank, tokenizer, recipe)
     rng = random.Random(f"clip:{recipe.seed}")
+    batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng) for _ in range(len(rows)))
 
     # an auxiliary head finds (kind, colour) in the patch tokens that the LLaVA will read; contrast alone trains them
     # far too slowly at this size. It is thrown away afterwards
@@ -155,27 +163,20 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     patches: list[Any] = []
     model.visual.transformer.resblocks[-2].register_forward_hook(lambda _m, _i, output: patches.append(output[:, 1:]))
 
-    def draw() -> Any:
+    def loss() -> tuple[Any, str]:
+        picked, ids = (part.to(recipe.device) for part in next(batches))
         with recipe.autocast():
-            return loss()
-
-    def loss() -> Any:
-        # query views, re-renders and look-alikes share the batch, so near misses are told apart too
-        chosen = rng.sample(range(len(bank)), recipe.clip_batch * 3 // 4)
-        picked = [3 * number + rng.randrange(2) for number in chosen]
-        picked += [3 * number + 2 for number in chosen[: recipe.clip_batch // 4]]
-        captions = [q.caption(bank[index // 3][1 if index % 3 == 2 else 0], rng) for index in picked]
-        ids = tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
-        ids = ids[:, : int((ids != tokens.PAD).sum(1).max())].to(recipe.device)
-        image, text = model.encode_image(normalise(pixels[picked]), normalize=True), _encode_text(model, ids)
-        logits = model.logit_scale.exp().clamp(max=50) * image @ text.T
+            image, text = model.encode_image(normalise(pixels[picked]), normalize=True), _encode_text(model, ids)
+            seen = head(patches.pop()).logsumexp(dim=1) - 6
+        # in full precision: near misses differ by less than bfloat16 can tell
+        logits = model.logit_scale.exp().clamp(max=50) * image.float() @ text.float().T
         goal = torch.arange(len(picked), device=logits.device)
         contrast = (functional.cross_entropy(logits, goal) + functional.cross_entropy(logits.T, goal)) / 2
-        seen = head(patches.pop()).logsumexp(dim=1) - 6
-        shown = labels[picked]
-        return contrast + 10 * functional.binary_cross_entropy_with_logits(seen, shown)
+        return contrast + 10 * functional.binary_cross_entropy_with_logits(seen.float(), labels[picked]), "both"
 
-    optimize([*model.parameters(), *head.parameters()], draw, recipe.clip_steps, recipe.clip_rate, "clip")
+    optimize([*model.parameters(), *head.parameters()], loss, recipe.clip_steps, recipe.clip_rate, "clip")
+    if not together.first():
+        return model.eval()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     preprocess = {"size": recipe.style.size, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -185,6 +186,32 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     weights = {name: value.contiguous().cpu().to(dtype) for name, value in model.state_dict().items()}
     save_file(weights, out / "open_clip_model.safetensors")
     return model.eval()
+
+
+class Captions:
+    """Batches for CLIP: numbers of images, int64 [batch], and the tokens of their captions, int64 [batch, length]."""
+
+    def __init__(self, bank: Bank, tokenizer: Any, recipe: Recipe) -> None:
+        self.bank, self.tokenizer, self.recipe = bank, tokenizer, recipe
+
+    def __len__(self) -> int:
+        return self.recipe.clip_steps
+
+    def __getitem__(self, step: int) -> tuple[Any, Any]:
+        """Batch number `step`, from a random stream of its own: any number of processes may make batches."""
+        return self.draw(random.Random(f"clip:{self.recipe.seed}:{step}:{self.recipe.rank}"))
+
+    def draw(self, rng: random.Random) -> tuple[Any, Any]:
+        """Query views, re-renders and look-alikes share the batch, so near misses are told apart too."""
+        import torch
+
+        size = self.recipe.clip_batch
+        chosen = rng.sample(range(len(self.bank)), size * 3 // 4)
+        picked = [3 * number + rng.randrange(2) for number in chosen]
+        picked += [3 * number + 2 for number in chosen[: size // 4]]
+        captions = [q.caption(self.bank[index // 3][1 if index % 3 == 2 else 0], rng) for index in picked]
+        ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+        return torch.tensor(picked), ids[:, : int((ids != tokens.PAD).sum(1).max())]
 
 
 def _encode_text(model: Any, ids: Any) -> Any:
@@ -207,6 +234,8 @@ def train_lvlm(recipe: Recipe, bank: Bank, pixels: Any, clip: Any, bpe: Any, out
     tokenizer = tokens.wrap(bpe, "lvlm")
     model = build_model(clip, len(tokenizer), recipe).to(recipe.device)
     train(model, bank, pixels, tokenizer, recipe)
+    if not together.first():
+        return
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=32, bos_token_id=tokens.BOS, eos_token_id=tokens.EOS, pad_token_id=tokens.PAD
     )
@@ -237,22 +266,24 @@ def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
     )
     model: Any = BertForMaskedLM(config)
     model.to(recipe.device)
-    rng = random.Random(f"bert:{recipe.seed}")
+    rng = random.Random(f"bert:{recipe.seed}:{recipe.rank}" if recipe.rank else f"bert:{recipe.seed}")
 
     def text() -> str:
         scene = q.sample_scene(rng, style=recipe.style)
         return q.caption(scene, rng) if rng.random() < 0.8 else q.other_round(scene, rng).answer
 
-    def draw() -> Any:
+    def draw() -> tuple[Any, str]:
         batch = tokenizer([text() for _ in range(64)], padding=True, return_tensors="pt").to(recipe.device)
         noise = torch.rand(batch.input_ids.shape).to(recipe.device)
         masked = (noise < 0.2) & (batch.input_ids > tokens.MASK)
         masked[0, 1] = True  # never an empty loss
         labels = batch.input_ids.masked_fill(~masked, -100)
         ids = batch.input_ids.masked_fill(masked & (noise < 0.17), tokens.MASK)
-        return model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss
+        return model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss, "masked"
 
     optimize(list(model.parameters()), draw, recipe.bert_steps, 2e-3, "bert")
+    if not together.first():
+        return
     model.eval().bert.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -265,10 +296,14 @@ def run(recipe: Recipe, out: Path) -> None:
     start = time.time()
 
     def note(text: str) -> None:
-        print(f"{text}, {time.time() - start:.0f} s", flush=True)
+        if together.first():
+            print(f"{text}, {time.time() - start:.0f} s", flush=True)
 
-    bank, images = draw_bank(recipe.scenes, recipe.seed, recipe.style, recipe.workers)
-    note(f"drew {len(images)} images")
+    rank, world, device = together.join(recipe.device)
+    share = {name: getattr(recipe, name) // world for name in ("scenes", "clip_batch", "lvlm_batch")}
+    recipe = replace(recipe, rank=rank, world=world, device=device, **share)
+    bank, images = draw_bank(recipe.scenes, recipe.seed, recipe.style, recipe.workers, rank, world)
+    note(f"drew {world} x {len(images)} images")
     pixels = torch.from_numpy(images).to(recipe.device)
     bpe = tokens.train_bpe(recipe.seed, style=recipe.style)
     note(f"{bpe.get_vocab_size()} tokens")
@@ -283,6 +318,7 @@ def run(recipe: Recipe, out: Path) -> None:
     if not (out / "bert" / "model.safetensors").exists():
         train_bert(recipe, bpe, out / "bert")
     note("BERT")
+    together.leave()
 
 
 def load_clip(folder: Path) -> Any:
@@ -299,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first])
     parser.add_argument("--out", type=Path, required=True)
     for field in fields(Recipe):
-        if field.name != "size":
+        if field.name not in ("size", "rank", "world"):
             default = getattr(recipe, field.name)
             kind = {"type": type(default)} if field.name != "bf16" else {"action": argparse.BooleanOptionalAction}
             parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, **kind)

@@ -11,10 +11,11 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from surf.demo import questions as q
+from surf.demo import together
 from surf.demo.draw import Scene
 from surf.demo.tokens import BOS, EOS, IMAGE, PAD, layout
 
@@ -72,17 +73,19 @@ def sample_rounds(scene: Scene, rng: random.Random) -> list[q.Round]:
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
-    """Return padded tensors [rows, length] of the rows' fields, and `images` as one int64 [images of all rows]."""
+    """Return padded tensors [rows, length] of the rows' fields, `images` as one int64 [images of all rows], and `goal`:
+    int64 [tokens to predict], places in the flattened [rows, length - 1]; found here, it makes no GPU wait."""
     import torch
 
-    length = max(len(row.ids) for row in rows)
+    length = -(-max(len(row.ids) for row in rows) // 16) * 16  # attention with a mask is fast for such lengths
 
     def padded(name: str, fill: float, dtype: Any) -> Any:
         return torch.tensor([getattr(row, name) + [fill] * (length - len(row.ids)) for row in rows], dtype=dtype)
 
     batch = {"ids": padded("ids", PAD, torch.long), "segment": padded("segment", -1, torch.long)}
     batch |= {"position": padded("position", 0, torch.long), "weight": padded("weight", 0.0, torch.float32)}
-    return batch | {"images": torch.tensor([image for row in rows for image in row.images], dtype=torch.long)}
+    batch["images"] = torch.tensor([image for row in rows for image in row.images], dtype=torch.long)
+    return batch | {"goal": (batch["weight"][:, 1:] > 0).flatten().nonzero()[:, 0]}
 
 
 def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
@@ -90,7 +93,7 @@ def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
     import torch
     from torch.nn import functional
 
-    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
+    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items() if name != "kind"}
     ids, segment, weight, length = batch["ids"], batch["segment"], batch["weight"], batch["ids"].shape[1]
     embedded = model.get_input_embeddings()(ids)
     if features is not None:
@@ -103,30 +106,35 @@ def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
     hidden = model.model.language_model(
         inputs_embeds=embedded, attention_mask=mask, position_ids=batch["position"], use_cache=False
     ).last_hidden_state
-    goal = weight[:, 1:] > 0
-    logits = model.lm_head(hidden[:, :-1][goal])
-    losses = functional.cross_entropy(logits, ids[:, 1:][goal], reduction="none")
-    scale = weight[:, 1:][goal]
+    goal = batch["goal"]
+    logits = model.lm_head(hidden[:, :-1].flatten(0, 1)[goal]).float()
+    losses = functional.cross_entropy(logits, ids[:, 1:].flatten()[goal], reduction="none")
+    scale = weight[:, 1:].flatten()[goal]
     return (losses * scale).sum() / scale.sum()
 
 
-def optimize(parameters: list[Any], draw: Callable[[], Any], steps: int, rate: float, label: str) -> None:
-    """Run AdamW for `steps` losses drawn by `draw`, with warm-up and cosine decay."""
+def optimize(parameters: list[Any], draw: Callable[[], tuple[Any, str]], steps: int, rate: float, label: str) -> None:
+    """Run AdamW for `steps` losses drawn by `draw`, with warm-up and cosine decay; print means of the losses by their kind."""
     import torch
 
-    adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    cuda = parameters[0].device.type == "cuda"
+    adam = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01, betas=(0.9, 0.98), fused=cuda)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps + 1, pct_start=0.1)
-    start, mean = time.time(), 0.0
+    start = time.time()
+    means: dict[str, tuple[Any, int]] = {}  # on the device: to read them makes it wait
     for step in range(1, steps + 1):
-        loss = draw()
+        loss, kind = draw()
         adam.zero_grad(set_to_none=True)
         loss.backward()
+        together.average(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         schedule.step()
-        mean += (loss.item() - mean) / min(step, 50)
-        if step % 100 == 0 or step == steps:
-            print(f"{label}: step {step}/{steps}, loss {mean:.3f}, {time.time() - start:.0f} s", flush=True)
+        mean, count = means.get(kind, (0.0, 0))
+        means[kind] = mean + (loss.detach() - mean) / min(count + 1, 30), count + 1
+        if together.first() and (step % 100 == 0 or step == steps):
+            words = ", ".join(f"{kind} {float(mean):.3f}" for kind, (mean, _) in sorted(means.items()))
+            print(f"{label}: step {step}/{steps}, loss: {words}; {time.time() - start:.0f} s", flush=True)
 
 
 def build_model(clip: Any, vocabulary: int, recipe: Any) -> Any:
@@ -234,16 +242,20 @@ class Rows:
         return int(self.steps)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Batch number `step`, from a random stream of its own: any number of processes may make batches."""
-        return self.draw(random.Random(f"lvlm:{self.recipe.seed}:{self.blind}:{step}"))
+        """Batch number `step`, from random streams of its own: any number of processes may make batches. What kind of batch
+        it is, all that train together agree on, so that none waits for another."""
+        name = f"lvlm:{self.recipe.seed}:{self.blind}:{step}"
+        return self.draw(random.Random(name), random.Random(f"{name}:{self.recipe.rank}"))
 
-    def draw(self, rng: random.Random) -> dict[str, Any]:
+    def draw(self, kinds: random.Random, rng: random.Random) -> dict[str, Any]:
         """One number of references per batch: rows of equal length waste no padding."""
-        recipe = self.recipe
-        count = rng.choice((1, 1, 2, 2, 3)) if self.blind or rng.random() < recipe.reference_share else 0
-        if count and recipe.judged and rng.random() < recipe.judged:
-            return collate([self.judging(rng) for _ in range(recipe.lvlm_batch)])
-        return collate([self.answering(rng, count) for _ in range(recipe.lvlm_batch)])
+        recipe, size = self.recipe, self.recipe.lvlm_batch
+        count = kinds.choice((1, 1, 2, 2, 3)) if self.blind or kinds.random() < recipe.reference_share else 0
+        if count and not self.blind and recipe.judged and kinds.random() < recipe.judged:
+            make, kind = (self.judging, "relevance") if count == 1 else (partial(self.telling_apart, references=count), "same")
+        else:
+            make, kind = partial(self.answering, references=count), f"{count} references"
+        return collate([make(rng) for _ in range(size)]) | {"kind": kind}
 
     def answering(self, rng: random.Random, references: int) -> Row:
         """Questions on an image, with references that are mostly true of it."""
@@ -265,19 +277,28 @@ class Rows:
         return self.pack(captions, [*images, 3 * number], sample_rounds(scene, rng))
 
     def judging(self, rng: random.Random) -> Row:
-        """Is the one reference relevant? Half of the time it is; else a look-alike, a wrong caption or another scene."""
+        """Is the one reference relevant? Half of the time it is."""
         number = rng.randrange(len(self.bank))
-        (scene, other), stranger = self.bank[number], rng.randrange(len(self.bank))
-        view, told, helps = rng.choice(
-            (
-                *[(3 * number + 1, scene, True)] * 5,
-                *[(3 * number + 2, other, False)] * 3,
-                (3 * number + 1, other, False),
-                (3 * stranger + 1, self.bank[stranger][0], stranger == number),
-            )
-        )
+        view, told, helps = self.one_to_judge(number, rng)
+        scene = self.bank[number][0]
         rounds = [q.ask_relevance(one, helps) for one in rng.sample(sample_rounds(scene, rng), 3)]
         return self.pack([q.caption(told, rng)], [view, 3 * number], rounds)
+
+    def telling_apart(self, rng: random.Random, references: int) -> Row:
+        """Which of several references are of the scene? Each one half of the time."""
+        number = rng.randrange(len(self.bank))
+        shown = [self.one_to_judge(number, rng) for _ in range(references)]
+        rounds = [q.ask_same(place, same) for place, (_, _, same) in enumerate(shown, start=1)]
+        captions = [q.caption(told, rng) for _, told, _ in shown]
+        return self.pack(captions, [*(view for view, _, _ in shown), 3 * number], rng.sample(rounds, len(rounds)))
+
+    def one_to_judge(self, number: int, rng: random.Random) -> tuple[int, Scene, bool]:
+        """A reference for a scene: its image, the scene that its caption tells of, and whether it is the scene itself; else
+        it is a look-alike, has a look-alike's caption, or shows another scene."""
+        (scene, other), stranger = self.bank[number], rng.randrange(len(self.bank))
+        cases = [(3 * number + 1, scene, True), (3 * number + 2, other, False), (3 * number + 1, other, False)]
+        cases.append((3 * stranger + 1, self.bank[stranger][0], stranger == number))
+        return rng.choices(cases, weights=(10, 5, 3, 2))[0]
 
     def pack(self, captions: list[str], images: list[int], rounds: list[q.Round]) -> Row:
         return pack(self.encode, captions, [] if self.blind else images, rounds, self.recipe.patches)
@@ -294,19 +315,20 @@ def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> No
     features = vision_features(model, pixels)
     for blind, label in ((True, "lvlm text"), (False, "lvlm images")):
         rows = Rows(bank, tokenizer, recipe, blind)
-        batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng) for _ in range(len(rows)))
+        batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng, rng) for _ in range(len(rows)))
         trained = list(model.model.language_model.parameters()) if blind else [p for p in model.parameters() if p.requires_grad]
 
-        def loss(seen: Any = None if blind else features, batches: Iterator[Any] = batches) -> Any:
+        def loss(seen: Any = None if blind else features, batches: Iterator[Any] = batches) -> tuple[Any, str]:
+            batch = next(batches)
             with recipe.autocast():
-                return batch_loss(model, next(batches), seen)
+                return batch_loss(model, batch, seen), batch["kind"]
 
         rate = recipe.text_rate if blind else recipe.image_rate
         optimize(trained, loss, len(rows), rate, label)
 
 
-def batches_of(rows: Rows, workers: int) -> Iterator[Any]:
+def batches_of(rows: Any, workers: int) -> Iterator[Any]:
     """The batches in order, made by `workers` processes."""
     from torch.utils.data import DataLoader
 
-    return iter(DataLoader(rows, batch_size=None, num_workers=workers, multiprocessing_context="fork"))  # type: ignore[arg-type]
+    return iter(DataLoader(rows, batch_size=None, num_workers=workers, multiprocessing_context="fork"))

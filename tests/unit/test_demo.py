@@ -285,7 +285,10 @@ def test_training_teaches_to_believe_and_to_judge_apart() -> None:
     recipe = dataclasses.replace(RECIPES["large"], lvlm_batch=4, trust=1.0, image_steps=30, judged=0.5)
     bank, _ = draw_bank(6, 0, recipe.style)
     rows = Rows(bank, tokenizer, recipe, blind=False)
-    assert all(bool((one == other).all()) for one, other in zip(rows[3].values(), rows[3].values(), strict=True))
+    first, again = rows[3], rows[3]
+    assert first.pop("kind") == again.pop("kind")
+    assert all(bool((first[name] == again[name]).all()) for name in first)
+    assert {rows[step]["kind"] for step in range(30)} >= {"0 references", "2 references", "relevance", "same"}
     seen: Counter[tuple[bool, bool]] = Counter()
     rng = random.Random(0)
     for _ in range(40):
@@ -300,7 +303,28 @@ def test_training_teaches_to_believe_and_to_judge_apart() -> None:
         assert len(says) == 1 and "Would the retrieved" not in told
         assert {image // 3 for image in answering.images} == {answering.images[-1] // 3}
         assert [image % 3 for image in answering.images] == [1, 1, 0]
+        apart = rows.telling_apart(rng, 2)
+        asked = tokenizer.decode(apart.ids).replace("<image>", "").partition("</Retrieval>")[2].split("Does image")[1:]
+        scene, said = (
+            bank[apart.images[-1] // 3][0],
+            {int(part.split("pair ")[1][0]): "ASSISTANT: Yes" in part for part in asked},
+        )
+        captions = (
+            tokenizer.decode(apart.ids).replace("<image>", "").replace("  ", " ").partition("</Retrieval>")[0].split("2. ")
+        )
+        assert said == {
+            number: all(f"{item.color} {item.kind}" in caption for item in scene.items)
+            for number, caption in enumerate(captions, start=1)
+        }
     assert seen[True, False] == seen[False, True] == 0 and len(seen) == 2
+
+
+def test_each_process_draws_scenes_of_its_own() -> None:
+    style = RECIPES["large"].style
+    whole, images = draw_bank(4, 0, style)
+    halves = [draw_bank(2, 0, style, first=rank, step=2) for rank in (0, 1)]
+    assert [halves[number % 2][0][number // 2] for number in range(4)] == whole
+    assert np.array_equal(halves[1][1][3:6], images[9:12])
 
 
 def test_the_large_model_learns_to_judge_in_the_words_of_evaluation() -> None:

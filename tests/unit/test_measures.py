@@ -23,8 +23,9 @@ METHODS = {
     "surf": Method(model="tuned", references=2),
     "vanilla-rag@random": Method(model="base", references=2, source="random"),
     "surf@reversed": Method(model="tuned", references=2, order="reversed"),
+    "surf@k4": Method(model="tuned", references=4),
 }
-SHARES = dict(zip(METHODS, (0.6, 0.7, 0.9, 0.5, 0.85), strict=True))
+SHARES = dict(zip(METHODS, (0.6, 0.7, 0.9, 0.5, 0.85, 0.88), strict=True))
 
 
 def questions(splits=("random", "popular"), images=30):
@@ -45,7 +46,7 @@ def answers(rows, methods=METHODS):
     found = {}
     for name, how in methods.items():
         rng = random.Random(name)
-        said = [row["answers"][0] if rng.random() < SHARES[name] else "I cannot see" for row in rows]
+        said = [row["answers"][0] if rng.random() < SHARES.get(name, 0.7) else "I cannot see" for row in rows]
         shown = [[1, 2][: how.references] for _ in rows]
         found[name] = (how, [{**row, "response": s, "references": ids} for row, s, ids in zip(rows, said, shown, strict=True)])
     return found
@@ -275,6 +276,18 @@ def test_evidence_command_line(results, tmp_path):
     again = results(tmp_path / "again", "--methods", *METHODS)
     for name in ("scores.parquet", "measures.parquet", "measures.csv", "table.md", "pope.svg", "index.html"):
         assert (out / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_a_curve_joins_methods_that_differ_in_their_number_of_references_alone(results, tmp_path):
+    _, runs = measures.runs_of("pope", answers(questions()), "pope")
+    assert evidencetable.curves(runs) == {"surf": [(2, "surf"), (4, "surf@k4")]}  # not the one in another order
+    more = answers(questions(), {**METHODS, "vanilla-rag@k1": Method(model="base", references=1)})
+    assert evidencetable.curves(measures.runs_of("pope", more, "pope")[1])["vanilla-rag"] == [
+        (0, "zero-shot"),
+        (1, "vanilla-rag@k1"),
+        (2, "vanilla-rag"),
+    ]
+    assert "references, at most" in (results(tmp_path / "out") / "pope.svg").read_text()
 
 
 def test_one_method_cannot_have_two_files(results, tmp_path):
