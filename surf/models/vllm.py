@@ -121,16 +121,10 @@ class Vllm:
         """See `surf.models.Responder`."""
         from vllm import SamplingParams
 
-        asked = processing.tokens(self.processor, [prompts.chat(self.processor, request.prompt) for request in requests])
-        whole = [
-            processing.with_end(self.processor, prompts.chat(self.processor, request.prompt, gold))
-            for request, gold in zip(requests, golds, strict=True)
-        ]
-        ids = processing.tokens(self.processor, whole)
+        whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         wanted = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False) for _ in requests]
         means = []
-        for first, own, output in zip(asked, ids, self._run(requests, whole, wanted), strict=True):
-            size = len(own) - len(first)
+        for size, own, output in zip(sizes, ids, self._run(requests, whole, wanted), strict=True):
             scores = output.prompt_logprobs[-size:]  # of each place, a dictionary by token
             means.append(sum(at[token].logprob for at, token in zip(scores, own[-size:], strict=True)) / size)
         return means
