@@ -14,7 +14,6 @@ but other ones.
 """
 
 import argparse
-import gc
 import importlib
 import logging
 import tempfile
@@ -34,23 +33,6 @@ from surf.shards import stable_hash
 QUESTIONS = ("What is in the image?", "Is there a circle in the image?", "How many are there?", "What colour is it?")
 
 
-class Stopping(vllm.Vllm):
-    """Makes each answer as long as `lengths` says, by the seed of its request."""
-
-    lengths: dict[int, int]
-
-    def sampling(self, request: Request, max_new_tokens: int, temperature: float) -> Any:
-        """See `Vllm`."""
-        from vllm import SamplingParams
-
-        return SamplingParams(max_tokens=self.lengths[request.seed], ignore_eos=True, temperature=0.0, detokenize=False)
-
-    def forget(self) -> None:
-        """Empty the caches."""
-        self.engine.reset_prefix_cache()
-        self.engine.reset_mm_cache()
-
-
 class Served(Bench):
     """The stages of `Bench`, answered by vLLM."""
 
@@ -58,10 +40,24 @@ class Served(Bench):
         self.options, self.sizes = options, sizes
         self.images: Any = llava.Pictures()
         named = options.model_copy(update={"model": str(llava.write_card(folder, tiny))})
-        made = vllm.load(named, self.images, load_format="dummy")
-        self.model: Any = Stopping(made.engine, made.processor, self.images, named)
-        self.model.lengths = {}
-        self.stopped: Any = self.model  # it keeps the lengths
+        self.model: Any = vllm.load(named, self.images, load_format="dummy")
+        self.model.sampling = self._stopping
+        self.stopped: Any = self
+        self.lengths: dict[int, int] = {}  # of the answers, by the seeds of their requests
+
+    def _stopping(self, request: Request, _limit: int, _temperature: float) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=self.lengths[request.seed], ignore_eos=True, temperature=0.0, detokenize=False)
+
+
+def forget(model: Any) -> None:
+    """Empty an engine's caches."""
+    if isinstance(model, vllm.Vllm):
+        model.engine.reset_prefix_cache()
+        model.engine.reset_mm_cache()
+    else:
+        model.shared.features.clear()
 
 
 def measure(bench: Bench, work: Stage, images: int, fixed: int | None) -> tuple[float, float, int]:
@@ -69,10 +65,7 @@ def measure(bench: Bench, work: Stage, images: int, fixed: int | None) -> tuple[
     few = max(min(images, 6), images // 4)
     work(few, 1, fixed)  # shapes are recorded, functions compiled, caches full of other images
     seconds, requests = answers._timed(lambda: work(images, 2, fixed))
-    if isinstance(bench.model, Stopping):
-        bench.model.forget()
-    else:
-        bench.model.shared.features.clear()
+    forget(bench.model)
     limit = fixed or 100
     alone, _ = answers._timed(lambda: bench.model.respond(requests, max_new_tokens=limit))
     return len(requests) / seconds, len(requests) / alone, len(requests)
@@ -94,8 +87,7 @@ def speed(tiny: bool, options: config.Lvlm, sizes: Sizes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         served = Served(tiny, options, sizes, Path(folder))
         theirs = [measure(served, *one) for _, *one in works(served)]
-        del served
-        _end()
+        served.model.close()
     bench = Bench(tiny, options, sizes)
     rows = []
     for (name, *one), (rate, alone, number) in zip(works(bench), theirs, strict=True):
@@ -111,8 +103,9 @@ def parity(options: config.Lvlm, model: Path, count: int) -> str:
     images: Any = llava.Pictures()
     named = options.model_copy(update={"model": str(model)})
     requests = [_request(number, named) for number in range(count)]
-    found = vllm.load(named, images).respond(requests, max_new_tokens=16)
-    _end()
+    served = vllm.load(named, images)
+    found = served.respond(requests, max_new_tokens=16)
+    served.close()
     expected = lvlm.load(named, images).respond(requests, max_new_tokens=16)
     same = sum(one == other for one, other in zip(expected, found, strict=True))
     return table(
@@ -124,14 +117,6 @@ def _request(number: int, options: config.Lvlm) -> Request:
     shown = [prompts.Reference(f"r{number}", "a red circle and a blue square")] * (number % 3)
     question = QUESTIONS[stable_hash("question", number) % len(QUESTIONS)]
     return Request(prompts.from_options(question, f"q{number}", shown, options))
-
-
-def _end() -> None:
-    """Let an engine go that nobody holds any more, and its memory."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def main() -> None:

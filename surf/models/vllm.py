@@ -4,8 +4,11 @@ vLLM batches by itself, shares the prefixes of prompts and keeps the features of
 answers follow the row's own seed as they do in the first engine, but other random numbers come of it.
 """
 
+import atexit
 import importlib.util
-import logging
+import multiprocessing
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from textwrap import shorten
@@ -16,8 +19,6 @@ from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, Responder, lvlm, parity
 from surf.models.features import AHEAD, Ahead, pool
-
-log = logging.getLogger("surf")
 
 STEP_TOKENS = 16_384  # tokens of a step: more of them fill no GPU better, and hold up the answers under way
 MEMORY = 0.85  # share of the GPU's memory that vLLM takes; the rest is for the judge of `reanswer` and the images
@@ -95,6 +96,17 @@ class Vllm:
         self.end = processing.end_id(processor)
         self.lock = threading.Lock()
         self.threads = pool()
+        # nothing but an order ends vLLM's own process for sure: neither garbage collection nor the end of this process does
+        atexit.register(self.close)
+        self.guard = _guard()
+
+    def close(self) -> None:
+        """End vLLM and give its memory back."""
+        self.engine.llm_engine.engine_core.shutdown()
+        if self.guard:
+            self.guard.kill()
+            self.guard.wait()
+        atexit.unregister(self.close)
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
@@ -140,8 +152,8 @@ class Vllm:
             try:
                 for start in range(0, len(order), AHEAD):
                     rows = order[start : start + AHEAD]
-                    names = {name for row in rows for name in requests[row].prompt.images}
-                    pictures = {name: opened(name) for name in sorted(names)}
+                    names = dict.fromkeys(name for row in rows for name in requests[row].prompt.images)
+                    pictures = {name: opened(name) for name in names}
                     given = [_given(ids[row], requests[row].prompt.images, pictures) for row in rows]
                     self.engine.enqueue(given, [wanted[row] for row in rows], use_tqdm=False)
             finally:
@@ -152,6 +164,22 @@ class Vllm:
 
     def _open(self, name: str) -> Any:
         return processing.squared(self.processor, self.images.open(name), self.options)
+
+
+def _guard() -> "subprocess.Popen[bytes] | None":
+    """A process that ends vLLM's when this one is killed, and cannot do it: they would hold the GPU's memory for ever."""
+    engines = [str(one.pid) for one in multiprocessing.active_children() if one.name.startswith("EngineCore")]
+    if not engines:  # vLLM runs in this process
+        return None
+    # its end of the pipe is closed when this process is gone, whatever ended it
+    code = "import os, sys\nsys.stdin.read()\nfor pid in sys.argv[1:]: os.kill(int(pid), 9)"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *engines],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def _given(ids: Sequence[int], names: Sequence[str], pictures: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +122,33 @@ def test_models_that_vllm_cannot_load(tmp_path, options, images):
     card.write_text(card.read_text().replace("LlavaForConditionalGeneration", "NobodysModel"))
     with pytest.raises(SurfError, match=r"vLLM cannot load the model .*NobodysModel"):
         vllm.load(options.model_copy(update={"model": str(unknown)}), images)
+
+
+def test_no_process_of_vllm_outlives_its_job(tmp_path, options):
+    program = tmp_path / "job.py"
+    program.write_text(
+        "import sys, time\n"
+        "from surf import config\n"
+        "from surf.models import vllm\n"
+        "if __name__ == '__main__':\n"
+        "    model = vllm.load(config.Lvlm.model_validate_json(sys.argv[1]), None)\n"
+        "    print(*model.guard.args[3:], flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    several = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+    job = subprocess.Popen([sys.executable, program, options.model_dump_json()], env=several, stdout=subprocess.PIPE, text=True)
+    engine = next(line.strip() for line in job.stdout if line.strip().isdecimal())
+    assert _runs(engine)
+    job.kill()
+    job.wait()
+    for _ in range(60):
+        if not _runs(engine):
+            return
+        time.sleep(1)
+    os.kill(int(engine), 9)
+    pytest.fail("vLLM's process still runs a minute after its job was killed")
+
+
+def _runs(pid):
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
