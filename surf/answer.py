@@ -13,7 +13,7 @@ import pyarrow as pa
 from surf import cli, config, prompts, quarantine, store, workers
 from surf.errors import ImageError
 from surf.images import Images
-from surf.models import Request, Responder, features
+from surf.models import Request, Responder, features, load_responder
 from surf.shards import stable_hash
 from surf.telemetry import Clock
 
@@ -120,10 +120,8 @@ def main() -> None:
         (found,), errors = workers.lead(count, [partial], rounds.num_rows, desc="answer", unit="round")
         result = in_order(store.rows(found), rounds)
     else:
-        from surf.models import lvlm
-
         images = Images(args.images.roots, args.images.max_pixels, cached=1024)
-        responder = lvlm.load(args.lvlm, images)
+        responder = load_responder(args.lvlm, images)
         clock.loaded()
         own = store.table_of(workers.mine(store.rows(rounds), lambda row: row["image"]), "rounds")
         result, errors = answer(own, responder, images, partial, lvlm=args.lvlm, options=args.answer, seed=args.seed)

@@ -19,7 +19,7 @@ import numpy as np
 from surf import cli, config, prompts, store
 from surf.evaluate import FLUSH_ROWS, check_images
 from surf.images import Images
-from surf.models import Request, Responder
+from surf.models import Request, Responder, load_responder
 from surf.reanswer import lookup
 from surf.references import candidates_of
 from surf.telemetry import Clock
@@ -89,9 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         model = clip.load(args.embed, images)
     else:
-        from surf.models import lvlm
-
-        model = lvlm.load(args.lvlm, images)
+        model = load_responder(args.lvlm, images)
     clock.loaded()
     # one question may stand in several splits: it is asked once
     places: dict[tuple[Any, ...], list[Asked]] = {}

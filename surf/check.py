@@ -20,6 +20,7 @@ from pathlib import Path
 
 from surf import catalog, config, finished, headers, leaks, plan, planevaluate, plantable, rates, split, store, weights
 from surf.images import Images
+from surf.models import vllm
 from surf.tasks import KINDS, Question
 from surf.verdicts import Report
 
@@ -109,6 +110,8 @@ def _models(report: Report, cfg: config.Config) -> Path | None:
         else:
             report.wrong("models", f"{key} {name}: {model.problem}")
         folder = model.folder if key == "lvlm.model" else folder
+    if cfg.lvlm.engine == "vllm":
+        report.attempt("models", vllm.require)
     return folder
 
 

@@ -104,6 +104,9 @@ class Lvlm(Section):
 
     model: Name = Field(default="llava-hf/llava-1.5-7b-hf", description="Hugging Face image-text-to-text model or path.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="bfloat16", description="Weights and arithmetic.")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="What answers. vllm must be installed beside surf: see docs/models.md."
+    )
     layout: Literal[LAYOUTS] = Field(default="readme", description="How references stand in the prompt.")  # type: ignore[valid-type]
     system_prompt: str = Field(default=SYSTEM_PROMPT, description="System prompt without references.")
     retrieval_prompt: str = Field(default=RETRIEVAL_PROMPT, description="System prompt with references.")
@@ -120,6 +123,17 @@ class Lvlm(Section):
         json_schema_extra=KNOB,
         default=True,
         description="On a GPU, compile norms and feed-forward blocks to answer faster; takes seconds at the start of a job.",
+    )
+    parity_prompts: int = Field(
+        json_schema_extra=KNOB,
+        default=8,
+        ge=0,
+        description="With vllm: prompts that both engines answer at the start of a job, which loads both; 0 trusts vllm.",
+    )
+    parity_limit: Share = Field(
+        json_schema_extra=KNOB,
+        default=0.25,
+        description="With vllm: share of these prompts that may be answered differently; above it the job stops.",
     )
 
 

@@ -27,7 +27,7 @@ from surf import cli, config, methods, prompts, references, store, workers
 from surf.answer import unreadable
 from surf.errors import SurfError
 from surf.images import Images
-from surf.models import Request, Responder
+from surf.models import Request, Responder, load_responder
 from surf.once import Once
 from surf.references import Shown
 from surf.tasks import KINDS
@@ -233,9 +233,7 @@ def _ask(
     pictures = dict.fromkeys(ref.image for method, pairs in both if method.show != "caption" for _, ref in pairs)
     check_images(images, [row["image"] for row in rows], list(pictures))
 
-    from surf.models import lvlm
-
-    responder = Once(lvlm.load(args.lvlm, images, str(args.model) if args.model else None))
+    responder = Once(load_responder(args.lvlm, images, str(args.model) if args.model else None))
     clock.loaded()
     options = {"lvlm": args.lvlm, "suffix": args.suffix, "max_new_tokens": args.max_new_tokens}
     results = {}

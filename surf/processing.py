@@ -198,6 +198,16 @@ def with_end(processor: Any, text: str) -> str:
     return text if text.endswith(_marks(processor)) else text + processor.tokenizer.eos_token
 
 
+def answered(
+    processor: Any, asked: Sequence[prompts.Prompt], golds: Sequence[str]
+) -> tuple[list[str], list[list[int]], list[int]]:
+    """(chats closed with the gold answer, their `tokens`, how many of these are the answer and its end token)."""
+    before = tokens(processor, [prompts.chat(processor, prompt) for prompt in asked])
+    whole = [with_end(processor, prompts.chat(processor, prompt, gold)) for prompt, gold in zip(asked, golds, strict=True)]
+    ids = tokens(processor, whole)
+    return whole, ids, [len(own) - len(first) for own, first in zip(ids, before, strict=True)]
+
+
 def end_id(processor: Any) -> int:
     """The end token's id."""
     probe = prompts.Prompt("", f"{prompts.IMAGE}\nWhat?", ("",))

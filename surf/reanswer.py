@@ -18,7 +18,7 @@ import pyarrow as pa
 from surf import cli, config, prompts, quarantine, score, store, workers
 from surf.answer import respond, unreadable
 from surf.images import Images
-from surf.models import Responder
+from surf.models import Responder, load_responder
 from surf.telemetry import Clock
 
 Row = dict[str, Any]
@@ -196,10 +196,8 @@ def main() -> None:
         (found,), errors = workers.lead(crew, [partial], None, desc="reanswer", unit="response")
         table = in_order(store.rows(found), wrong)
     else:
-        from surf.models import lvlm
-
         images = Images(args.images.roots, args.images.max_pixels, cached=1024)
-        responder = lvlm.load(args.lvlm, images)
+        responder = load_responder(args.lvlm, images)
         clock.loaded()
         table, errors = reanswer(
             workers.mine(wrong, lambda row: row["image"]),

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE) -> Path:
+def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE, heads: int = 4) -> Path:
     """Write a tiny LLaVA, its processor and its tokenizer into `folder`. Images are 32x32, and take 4 tokens each."""
     import torch
     from transformers import (
@@ -65,8 +65,8 @@ def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE) 
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=4096,
         **special,
     )

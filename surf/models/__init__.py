@@ -1,4 +1,4 @@
-"""What the stages need of a model. Loading one is the business of `clip` and `lvlm`."""
+"""What the stages need of a model. Loading one is the business of `clip`, `lvlm` and `vllm`."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from surf import config
+from surf.images import Images
 from surf.prompts import Prompt
 from surf.telemetry import Meter
 
@@ -53,3 +55,16 @@ class Responder(Protocol):
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """Mean log-probability (nats a token, end token included) of each gold answer after its prompt."""
         ...
+
+
+def load_responder(options: config.Lvlm, images: Images, model: str | None = None) -> Responder:
+    """The model of the config's `lvlm` section (or the one in folder `model`) in the engine that `lvlm.engine` names.
+
+    Raises:
+        SurfError: the model cannot be loaded, or the engine is not installed.
+    """
+    from surf.models import lvlm, vllm
+
+    if options.engine == "transformers":
+        return lvlm.load(options, images, model)
+    return vllm.checked(options, images, model)

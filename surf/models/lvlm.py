@@ -87,13 +87,7 @@ class Lvlm:
 
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """See `surf.models.Responder`."""
-        asked = processing.tokens(self.processor, [prompts.chat(self.processor, request.prompt) for request in requests])
-        whole = [
-            processing.with_end(self.processor, prompts.chat(self.processor, request.prompt, gold))
-            for request, gold in zip(requests, golds, strict=True)
-        ]
-        ids = processing.tokens(self.processor, whole)
-        sizes = [len(own) - len(first) for own, first in zip(ids, asked, strict=True)]
+        whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         values = [0.0] * len(requests)
 
         def plain(rows: Sequence[int]) -> list[float]:

@@ -1,5 +1,6 @@
 """The preflight: what it must find, and that its short cut over image headers agrees with the stages' own reader."""
 
+import importlib.util
 import io
 import json
 import shutil
@@ -276,6 +277,8 @@ def test_each_fault_is_one_line_and_the_exit_code(run, drawn, tmp_path):
     says(lambda c: c["catalog"].update(captions=["nowhere.json"]), "nowhere.json: there is no such file of captions")
     says(lambda c: c["images"].update(roots=["nowhere"]), "nowhere: there is no such image root")
     says(lambda c: c["lvlm"].update(model="./nowhere"), "lvlm.model ./nowhere: there is no such folder")
+    if importlib.util.find_spec("vllm") is None:
+        says(lambda c: c["lvlm"].update(engine="vllm"), "lvlm.engine = 'vllm': vLLM is not installed")
     says(lambda c: c["images"].update(max_bad_share=0.0), "corpus: 2 of", "rounds: 1 of")
     broken = tmp_path / "broken.json"
     broken.write_text('[{"image": ')
