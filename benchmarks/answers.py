@@ -211,6 +211,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         seconds, requests = _timed(lambda: work(images, 2, fixed))
         ours = len(requests) / seconds
+        print(f"{name}: {ours:.4g} samples a second ({len(requests)} in {seconds:.4g} s)", flush=True)
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else float("nan")
         engine.timed, engine.seconds = True, {}
         whole, _ = _timed(lambda: work(few, 3, fixed))

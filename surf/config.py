@@ -69,6 +69,10 @@ class Embed(Section):
         description="draft: JPEG files are decoded at a half, a quarter or an eighth of their size where that is enough; "
         "gpu: by the GPU (nvJPEG), for jobs with few cores.",
     )
+    gpu_share: Share = Field(
+        default=1.0,
+        description="Share of the JPEG files that decode: gpu leaves to the GPU; the others are decoded as by draft.",
+    )
     workers: int = Field(
         json_schema_extra=KNOB, default=8, ge=0, description="Processes that read and decode images; 0: the job's own process."
     )

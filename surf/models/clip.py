@@ -1,5 +1,6 @@
 """CLIP image towers by open_clip."""
 
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,7 +85,11 @@ class Clip:
         height, width = model.visual.image_size
         plain = model.visual.preprocess_cfg.get("resize_mode", "shortest") == "shortest" and height == width
         gpu = options.decode == "gpu" and plain and jpeg.available()
-        on_gpu = (lambda data: jpeg.suits(data, images.max_pixels)) if gpu else None
+
+        def suits(data: bytes) -> bool:  # the file alone decides, so that no run differs from another
+            return zlib.crc32(data) < options.gpu_share * 2**32 and jpeg.suits(data, images.max_pixels)
+
+        on_gpu = suits if gpu else None
         self.decoder = pipeline.Decoder(images, crop, (height, width), options.decode != "exact", on_gpu)
         features = _features(model, mean.to(device), std.to(device), _precision(options))
         self.features = features if options.compile == "off" else torch.compile(features, mode=options.compile)

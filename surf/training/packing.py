@@ -58,18 +58,16 @@ def _attention(
 
     lengths = pack_lengths or [query.shape[2]]
     grouped = query.shape[1] != key.shape[1]
-    # cut as the projections have left them, (1, tokens, heads, size): their gradients are put together by one plain copy each
-    cut = [one.transpose(1, 2).split(lengths, 1) for one in (query, key, value)]
-    pieces = [
-        scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            dropout_p=dropout,
-            scale=scaling,
-            is_causal=True,
-            enable_gqa=grouped,
-        )
-        for q, k, v in zip(*cut, strict=True)
-    ]
-    return torch.cat([piece.transpose(1, 2) for piece in pieces], 1), None  # the flash kernel's own layout: one copy
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        """(samples, tokens, heads, size) each."""
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        made = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped)
+        return made.transpose(1, 2)
+
+    # as the projections have left them, (1, tokens, heads, size): their gradients are put together by one plain copy each
+    whole = [one.transpose(1, 2) for one in (query, key, value)]
+    if len(set(lengths)) == 1:  # one call, and no copy
+        return attend(*(one.unflatten(1, (len(lengths), lengths[0])).squeeze(0) for one in whole)).flatten(0, 1)[None], None
+    cut = [one.split(lengths, 1) for one in whole]
+    return torch.cat([attend(*own) for own in zip(*cut, strict=True)], 1), None  # the flash kernel's own layout: one copy

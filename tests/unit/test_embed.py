@@ -413,6 +413,15 @@ def test_only_plain_whole_jpegs_are_left_to_the_gpu(photograph):
     assert not jpeg.suits(photograph, 512 * 600 - 1)
 
 
+def test_the_files_themselves_say_which_of_them_the_gpu_decodes(clip_folder, pictures, monkeypatch):
+    monkeypatch.setattr(jpeg, "available", lambda: True)
+    files = [noise(seed, (16, 16), "JPEG") for seed in range(400)]
+    for share in (0.0, 0.3, 1.0):
+        first, again = (encoder(clip_folder, pictures, decode="gpu", gpu_share=share).decoder.on_gpu for _ in range(2))
+        left = [first(file) for file in files]
+        assert left == [again(file) for file in files] and abs(sum(left) / len(files) - share) < 0.1
+
+
 def test_what_the_gpu_leaves_is_decoded_by_pillow(clip_folder, photograph, tmp_path):
     """The GPU's part of the work, on the CPU: one file that its decoder refuses, one that nobody can read, one good one."""
     good, odd = noise(2, (40, 40)), noise(3, (40, 40))  # the odd one is a PNG, as if it had looked like a JPEG

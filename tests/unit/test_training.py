@@ -287,3 +287,23 @@ def test_every_step_is_one_line_and_the_card_says_what_made_the_model(job, caplo
     names = {path.name for path in out.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "processor_config.json", "tokenizer.json"} <= names
     assert "surf_packed" not in (out / "config.json").read_text()
+
+
+@pytest.mark.parametrize("lengths", [[6, 6, 6], [3, 9, 1], [7]])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_packed_attention_is_that_of_each_sample_alone(lengths, key_heads):
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from surf.training.packing import _attention
+
+    torch.manual_seed(0)
+    made = [torch.randn(1, heads, sum(lengths), 8, requires_grad=True) for heads in (4, key_heads, key_heads)]
+    found = _attention(None, *made, None, pack_lengths=lengths)[0]
+    weight = torch.randn_like(found)
+    ours = torch.autograd.grad((found * weight).sum(), made)
+    pieces = zip(*(one.split(lengths, 2) for one in made), strict=True)
+    plain = [scaled_dot_product_attention(*own, is_causal=True, enable_gqa=key_heads != 4) for own in pieces]
+    expected = torch.cat(plain, 2).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(ours, torch.autograd.grad((expected * weight).sum(), made), strict=True):
+        torch.testing.assert_close(own, other)
