@@ -149,7 +149,7 @@ class Answer(Section):
     gold_loglik: bool = Field(
         default=False, description="Also compute the mean log-likelihood of the gold answer (one more forward pass)."
     )
-    flush_rows: Positive = Field(json_schema_extra=KNOB, default=2048, description="Rows between two saves of unfinished work.")
+    flush_rows: Positive = Field(json_schema_extra=KNOB, default=4096, description="Rows between two saves of unfinished work.")
 
 
 class Retrieve(Section):
