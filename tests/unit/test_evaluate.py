@@ -338,7 +338,7 @@ def test_candidates_are_scored_by_the_model_itself(job, by, monkeypatch):
     from surf.models import lvlm
 
     seen = set()
-    monkeypatch.setattr(lvlm, "load", lambda options, images: Partial())
+    monkeypatch.setattr(lvlm, "load", lambda options, images, model=None: Partial())
     out = job.folder / by / f"{by}.parquet"
     words = f"--by {by} --questions {job.folder}/q.parquet --neighbors {job.folder}/near.parquet --out {out}"
     words += f" --catalog {job.folder}/catalog/_manifest.json"
