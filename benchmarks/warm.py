@@ -43,17 +43,23 @@ def ask(path: str, words: list[str]) -> int:
         line.connect(path)
     except OSError:
         os.execv(sys.executable, [sys.executable, *words])
+    pid, early = 0, list[int]()
+
+    def forward(number: int, _: Any) -> None:
+        if not pid:
+            early.append(number)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    for number in SIGNALS:  # before there is a process: it may be told to stop as soon as it has begun
+        signal.signal(number, forward)
     request = json.dumps({"words": words[1:], "folder": str(Path.cwd()), "environment": dict(os.environ)}).encode()
     socket.send_fds(line, [len(request).to_bytes(8, "big")], [0, 1, 2])
     line.sendall(request)
     pid = int.from_bytes(_exactly(line, 8), "big")
-
-    def forward(number: int, _: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-    for number in SIGNALS:
-        signal.signal(number, forward)
+    for number in early:
+        forward(number, None)
     return int.from_bytes(_exactly(line, 8), "big")
 
 

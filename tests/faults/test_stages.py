@@ -55,7 +55,7 @@ def test_slices_get_longer_while_the_model_is_fast_and_shorter_when_it_is_slow(m
         assert sum(found) == count
         return found
 
-    assert lengths(1000, 512, 0.001) == [32, 64, 128, 256, 512, 8]
+    assert lengths(1000, 512, 0.001) == [32, 128, 512, 328]
     assert lengths(200, 512, 5.0) == [32, 16, 16, 16, 16, 16, 16, 16, 16, 16, 16, 8]
     assert max(lengths(200, 512, 50.0)[3:]) * 50 <= 4 * cli.SLICE_SECONDS
     assert lengths(7, 3, 500.0) == [3, 1, 1, 1, 1]
