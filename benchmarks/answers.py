@@ -1,6 +1,6 @@
 """First answers, re-answers and long answers by a LLaVA-1.5 of full size with random weights, on one GPU.
 
-    python benchmarks/answers.py            # LLaVA-1.5-7B, 336 px, bfloat16: an 80 GB GPU, some 5 minutes
+    python benchmarks/answers.py            # LLaVA-1.5-7B, 336 px, bfloat16: an 80 GB GPU, several minutes
     python benchmarks/answers.py --tiny     # the same on any CPU with a tiny model: shows that it runs, and nothing else
 
 Whole stages are timed, `answer` and `reanswer` as they run in a job: JPEG files of 640x480 random content are decoded, texts
