@@ -100,9 +100,9 @@ def run(main: Callable[[], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
             signal.signal(number, _asked_to_end)
-    if os.environ.get("RANK", "0") == "0":  # one voice of those that train together
-        log.info("%s %s %s, process %d", Path(sys.argv[0]).stem, BEGINS, socket.gethostname(), os.getpid())
     try:
+        if os.environ.get("RANK", "0") == "0":  # one voice of those that train together
+            log.info("%s %s %s, process %d", Path(sys.argv[0]).stem, BEGINS, socket.gethostname(), os.getpid())
         main()
     except SurfError as error:
         _fail(str(error), 2)
