@@ -91,7 +91,6 @@ def responder(tiny: bool) -> tuple[Any, Any]:
 
     processor, whole = processor_and_config(tiny)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `surf.models.lvlm.load` does
     made = model(whole, torch.float32 if tiny else torch.bfloat16, device)
     made.generation_config = GenerationConfig(
         **{name: getattr(whole, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

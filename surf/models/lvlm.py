@@ -41,7 +41,6 @@ def load(options: config.Lvlm, images: Images, model: str | None = None) -> "Lvl
             expected="a folder or a hub name with safetensors weights of an image-text-to-text model",
         ) from error
     processing.stop_at_end(network, processor)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape anew, and there are many
     return Lvlm(network.eval().to(device), processor, images, options)
 
 
@@ -58,6 +57,9 @@ class Lvlm:
     """
 
     def __init__(self, model: Any, processor: Any, images: Images, options: config.Lvlm, share: bool | None = None) -> None:
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans each new shape anew, and there are many
         self.model, self.processor, self.images, self.options = model, processor, images, options
         self.image_tokens = processing.image_tokens(processor, options)
         self.budget = options.batch_tokens  # tokens in one batch; shrinks when memory runs out
