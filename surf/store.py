@@ -25,6 +25,15 @@ from surf.errors import SurfError
 from surf.schemas import KEYS, SCHEMAS, with_dim
 
 MANIFEST = "_manifest.json"
+# Numbers of embeddings hardly repeat: dictionaries of them make reading ten times slower, and no file smaller. Their statistics
+# take a third of the time of writing. Bytes of equal weight side by side are written faster, and are a tenth smaller.
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "embeddings": {
+        "use_dictionary": False,
+        "write_statistics": ["image_id"],
+        "column_encoding": {"embedding.list.element": "BYTE_STREAM_SPLIT"},
+    }
+}
 log = logging.getLogger("surf")
 
 
@@ -144,9 +153,7 @@ def write_table(path: Path, table: pa.Table, dataset: str, meta: Mapping[str, An
         **{f"surf.{key}": value if isinstance(value, str) else json.dumps(value) for key, value in (meta or {}).items()},
     }
     with replacing(path) as temporary:
-        # numbers of embeddings hardly repeat: dictionaries of them make reading ten times slower, and no file smaller
-        dictionaries = dataset != "embeddings"
-        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", use_dictionary=dictionaries)
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd", **ENCODINGS.get(dataset, {}))
 
 
 def read_table(path: Path, dataset: str, columns: Sequence[str] | None = None) -> pa.Table:

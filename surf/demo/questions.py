@@ -29,8 +29,8 @@ PLACE_WEIGHTS = (5, 4, 3, 2)  # of a place's four objects: this makes some objec
 
 @dataclass(frozen=True)
 class Round:
-    """One question turn: kind is yesno, color, place, choice, caption, relevance or same; suffix is LLaVA's
-    answer format line."""
+    """One question turn: kind is yesno, color, place, choice, caption, relevance, same or agree; suffix is
+    LLaVA's answer format line."""
 
     kind: str
     question: str
@@ -166,6 +166,12 @@ def ask_same(number: int, same: bool) -> Round:
     """Of one reference among several: is it of the scene that is asked about?"""
     text = f"Does image-caption pair {number} show the scene of the last image?\nAnswer with yes or no."
     return Round("same", text, "", "Yes" if same else "No")
+
+
+def ask_agree(number: int, kind: str, same: bool) -> Round:
+    """Of one thing in a reference: is it there too, in the same colour?"""
+    text = f"Does image-caption pair {number} show the same {kind} as the last image?\nAnswer with yes or no."
+    return Round("agree", text, "", "Yes" if same else "No")
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> Round:

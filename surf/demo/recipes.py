@@ -78,11 +78,11 @@ LARGE = Recipe(
     lvlm_batch=128,
     text_steps=500,
     text_rate=1e-3,
-    image_steps=4000,
+    image_steps=6000,
     image_rate=8e-4,
-    reference_share=0.6,
+    reference_share=0.65,
     trust=1.0,
-    judged=0.4,
+    judged=0.5,
     bf16=True,
 )
 RECIPES = {"small": Recipe(), "large": LARGE}

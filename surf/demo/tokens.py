@@ -75,6 +75,7 @@ def _texts(seed: int, style: Style, scenes: int = 800) -> list[str]:
             texts.append(f"{system} USER: {layout(one.text, shown)} ASSISTANT: {one.answer}")
         if style != SMALL:
             texts += [q.ask_relevance(rounds[0], helps=True).text, q.ask_same(rng.randint(1, 3), same=True).text]
+            texts.append(q.ask_agree(rng.randint(1, 3), rng.choice(scene.kinds), same=True).text)
     return texts
 
 

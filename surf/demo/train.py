@@ -25,39 +25,39 @@ from typing import Any
 
 from surf.demo import questions as q
 from surf.demo import together, tokens
-from surf.demo.draw import KINDS, STYLES, Scene, Style, render
+from surf.demo.draw import KINDS, STYLES, Style, render
 from surf.demo.recipes import PATCH, RECIPES, Recipe
-from surf.demo.train_lvlm import batches_of, build_model, optimize, train
+from surf.demo.train_lvlm import Lesson, batches_of, build_model, optimize, train
 from surf.demo.world import CLEAR_NOISE, QUERY_HIDE, QUERY_NOISE
 
 CONTEXT = 48  # CLIP text tokens
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics, as both preprocessors use them
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-Bank = list[tuple[Scene, Scene]]  # of every training scene: itself and its look-alike
+Bank = list[Lesson]
 
 
 def draw_bank(
     scenes: int, seed: int, style: Style = STYLES["small"], workers: int = 0, first: int = 0, step: int = 1
 ) -> tuple[Bank, Any]:
-    """Return (scene, look-alike) pairs and pixels uint8 [3 * scenes, size, size, 3].
+    """Return scenes with their look-alikes, and pixels uint8 [3 * scenes, size, size, 3].
 
-    The three images of a pair are a query view of the scene, a clear re-render of it and the clear look-alike. Of a larger
+    The three images of a scene are a query view of the scene, a clear re-render of it and the clear look-alike. Of a larger
     style the scenes are numbers first, first + step, …: as many for each of `step` processes.
     """
     import numpy as np
 
     bank, images = [], np.empty((3 * scenes, style.size, style.size, 3), dtype=np.uint8)
     numbers = range(first, first + scenes * step, step)
-    for number, (scene, other, views) in enumerate(_draw_scenes(numbers, seed, style, workers)):
-        bank.append((scene, other))
+    for number, (lesson, views) in enumerate(_draw_scenes(numbers, seed, style, workers)):
+        bank.append(lesson)
         for offset, view in enumerate(views):
             images[3 * number + offset] = view
     return bank, images
 
 
-def _draw_scenes(numbers: range, seed: int, style: Style, workers: int) -> Iterator[tuple[Scene, Scene, list[Any]]]:
-    """Yield scene, look-alike and three images: from one random stream, or for a larger style from one for each scene."""
+def _draw_scenes(numbers: range, seed: int, style: Style, workers: int) -> Iterator[tuple[Lesson, list[Any]]]:
+    """Yield every scene and its three images: from one random stream, or for a larger style from one for each scene."""
     from multiprocessing import get_context
 
     if style == STYLES["small"]:
@@ -70,11 +70,11 @@ def _draw_scenes(numbers: range, seed: int, style: Style, workers: int) -> Itera
             yield from pool.imap(partial(_draw_own, seed, style), numbers, chunksize=100)
 
 
-def _draw_own(seed: int, style: Style, number: int) -> tuple[Scene, Scene, list[Any]]:
+def _draw_own(seed: int, style: Style, number: int) -> tuple[Lesson, list[Any]]:
     return _draw_scene(random.Random(f"train:{seed}:{number}"), style)
 
 
-def _draw_scene(rng: random.Random, style: Style) -> tuple[Scene, Scene, list[Any]]:
+def _draw_scene(rng: random.Random, style: Style) -> tuple[Lesson, list[Any]]:
     import numpy as np
 
     scene = q.sample_scene(rng, style=style)
@@ -90,7 +90,7 @@ def _draw_scene(rng: random.Random, style: Style) -> tuple[Scene, Scene, list[An
         render(scene, rng, CLEAR_NOISE, style=style),
         render(other, rng, CLEAR_NOISE, style=style),
     )
-    return scene, other, [np.asarray(view) for view in views]
+    return Lesson(scene, other, tuple(hidden)), [np.asarray(view) for view in views]
 
 
 def normalise(images: Any) -> Any:
@@ -108,7 +108,7 @@ def pair_labels(bank: Bank, style: Style) -> Any:
 
     place = {pair: n for n, pair in enumerate((kind, color) for kind in KINDS for color in style.colors)}
     labels = torch.zeros(3 * len(bank), len(place))
-    for number, (scene, other) in enumerate(bank):
+    for number, (scene, other, _) in enumerate(bank):
         for offset, shown in enumerate((scene, scene, other)):
             labels[3 * number + offset, [place[item.kind, item.color] for item in shown.items]] = 1
     return labels
@@ -163,7 +163,7 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     patches: list[Any] = []
     model.visual.transformer.resblocks[-2].register_forward_hook(lambda _m, _i, output: patches.append(output[:, 1:]))
 
-    def loss() -> tuple[Any, str]:
+    def loss() -> dict[str, Any]:
         picked, ids = (part.to(recipe.device) for part in next(batches))
         with recipe.autocast():
             image, text = model.encode_image(normalise(pixels[picked]), normalize=True), _encode_text(model, ids)
@@ -172,7 +172,8 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
         logits = model.logit_scale.exp().clamp(max=50) * image.float() @ text.float().T
         goal = torch.arange(len(picked), device=logits.device)
         contrast = (functional.cross_entropy(logits, goal) + functional.cross_entropy(logits.T, goal)) / 2
-        return contrast + 10 * functional.binary_cross_entropy_with_logits(seen.float(), labels[picked]), "both"
+        objects = functional.binary_cross_entropy_with_logits(seen.float(), labels[picked])
+        return {"all": contrast + 10 * objects, "contrast": contrast, "objects": objects}
 
     optimize([*model.parameters(), *head.parameters()], loss, recipe.clip_steps, recipe.clip_rate, "clip")
     if not together.first():
@@ -209,7 +210,10 @@ class Captions:
         chosen = rng.sample(range(len(self.bank)), size * 3 // 4)
         picked = [3 * number + rng.randrange(2) for number in chosen]
         picked += [3 * number + 2 for number in chosen[: size // 4]]
-        captions = [q.caption(self.bank[index // 3][1 if index % 3 == 2 else 0], rng) for index in picked]
+        shown = (self.bank[index // 3] for index in picked)
+        captions = [
+            q.caption(one.other if index % 3 == 2 else one.scene, rng) for one, index in zip(shown, picked, strict=True)
+        ]
         ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
         return torch.tensor(picked), ids[:, : int((ids != tokens.PAD).sum(1).max())]
 
@@ -272,14 +276,14 @@ def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
         scene = q.sample_scene(rng, style=recipe.style)
         return q.caption(scene, rng) if rng.random() < 0.8 else q.other_round(scene, rng).answer
 
-    def draw() -> tuple[Any, str]:
+    def draw() -> dict[str, Any]:
         batch = tokenizer([text() for _ in range(64)], padding=True, return_tensors="pt").to(recipe.device)
         noise = torch.rand(batch.input_ids.shape).to(recipe.device)
         masked = (noise < 0.2) & (batch.input_ids > tokens.MASK)
         masked[0, 1] = True  # never an empty loss
         labels = batch.input_ids.masked_fill(~masked, -100)
         ids = batch.input_ids.masked_fill(masked & (noise < 0.17), tokens.MASK)
-        return model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss, "masked"
+        return {"all": model(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss}
 
     optimize(list(model.parameters()), draw, recipe.bert_steps, 2e-3, "bert")
     if not together.first():

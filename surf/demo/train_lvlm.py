@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from surf.demo import questions as q
 from surf.demo import together
@@ -22,14 +22,24 @@ from surf.demo.tokens import BOS, EOS, IMAGE, PAD, layout
 CAPTION_WEIGHT = 0.25  # loss weight of a caption's tokens: they are many, the short answers few
 
 
+class Lesson(NamedTuple):
+    """A training scene, its look-alike, and the kinds that the scene's query view hides."""
+
+    scene: Scene
+    other: Scene
+    hidden: tuple[str, ...]
+
+
 @dataclass
 class Row:
-    """One packed row. ids, segment (0 = prefix), position, weight: [length]; weight > 0 marks tokens to predict."""
+    """One packed row. ids, segment (0 = prefix), position, weight, agree (1: token of such a question): [length]; weight > 0
+    marks tokens to predict."""
 
     ids: list[int]
     segment: list[int]
     position: list[int]
     weight: list[float]
+    agree: list[int]
     images: list[int]  # rows of the feature bank, in order of the <image> tags
 
 
@@ -42,17 +52,19 @@ def pack(
     """
     system = q.SYSTEM_REFERENCES if captions else q.SYSTEM
     prefix = f"{system} USER: {layout('', captions)}".removesuffix("\n")
-    row = Row([BOS], [0], [0], [0.0], images)
+    row = Row([BOS], [0], [0], [0.0], [0], images)
     parts = prefix.split("<image>")
     for number, part in enumerate(parts):
         ids = list(encode(part)) + ([IMAGE] * patches if images and number < len(parts) - 1 else [])
         _extend(row, ids, 0, 0.0, len(row.ids))
     start = len(row.ids)
+    row.agree.extend([0] * (start - 1))
     for number, one in enumerate(rounds, start=1):
         asked = encode(f"\n{one.text} ASSISTANT:")
         answer = (*encode(f" {one.answer}"), EOS)
         _extend(row, asked, number, 0.0, start)
         _extend(row, answer, number, CAPTION_WEIGHT if one.kind == "caption" else 1.0, start + len(asked))
+        row.agree.extend([int(one.kind == "agree")] * (len(row.ids) - len(row.agree)))
     return row
 
 
@@ -84,15 +96,20 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
     batch = {"ids": padded("ids", PAD, torch.long), "segment": padded("segment", -1, torch.long)}
     batch |= {"position": padded("position", 0, torch.long), "weight": padded("weight", 0.0, torch.float32)}
+    batch["agree"] = padded("agree", 0, torch.long)
     batch["images"] = torch.tensor([image for row in rows for image in row.images], dtype=torch.long)
     return batch | {"goal": (batch["weight"][:, 1:] > 0).flatten().nonzero()[:, 0]}
 
 
-def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
-    """Return the weighted cross-entropy of a batch of `collate`. features: [images, patches, width] of the vision tower."""
+def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> dict[str, Any]:
+    """Return the weighted cross-entropy of a batch of `collate`: "all", and of `agree` questions and the others apart.
+
+    features: [images, patches, width] of the vision tower.
+    """
     import torch
     from torch.nn import functional
 
+    kind = batch["kind"]
     batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items() if name != "kind"}
     ids, segment, weight, length = batch["ids"], batch["segment"], batch["weight"], batch["ids"].shape[1]
     embedded = model.get_input_embeddings()(ids)
@@ -110,11 +127,15 @@ def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> Any:
     logits = model.lm_head(hidden[:, :-1].flatten(0, 1)[goal]).float()
     losses = functional.cross_entropy(logits, ids[:, 1:].flatten()[goal], reduction="none")
     scale = weight[:, 1:].flatten()[goal]
-    return (losses * scale).sum() / scale.sum()
+    agree = batch["agree"][:, 1:].flatten()[goal]
+    parts = {"all": scale, kind: scale * (1 - agree)}
+    if kind in ("relevance", "same"):
+        parts["agree"] = scale * agree
+    return {name: (losses * own).sum() / own.sum() for name, own in parts.items()}
 
 
-def optimize(parameters: list[Any], draw: Callable[[], tuple[Any, str]], steps: int, rate: float, label: str) -> None:
-    """Run AdamW for `steps` losses drawn by `draw`, with warm-up and cosine decay; print means of the losses by their kind."""
+def optimize(parameters: list[Any], draw: Callable[[], dict[str, Any]], steps: int, rate: float, label: str) -> None:
+    """Run AdamW for `steps` losses "all" drawn by `draw`, with warm-up and cosine decay; print means of losses by their names."""
     import torch
 
     cuda = parameters[0].device.type == "cuda"
@@ -123,17 +144,18 @@ def optimize(parameters: list[Any], draw: Callable[[], tuple[Any, str]], steps: 
     start = time.time()
     means: dict[str, tuple[Any, int]] = {}  # on the device: to read them makes it wait
     for step in range(1, steps + 1):
-        loss, kind = draw()
+        losses = draw()
         adam.zero_grad(set_to_none=True)
-        loss.backward()
+        losses["all"].backward()
         together.average(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         adam.step()
         schedule.step()
-        mean, count = means.get(kind, (0.0, 0))
-        means[kind] = mean + (loss.detach() - mean) / min(count + 1, 30), count + 1
+        for name, loss in losses.items():
+            mean, count = means.get(name, (0.0, 0))
+            means[name] = mean + (loss.detach() - mean) / min(count + 1, 30), count + 1
         if together.first() and (step % 100 == 0 or step == steps):
-            words = ", ".join(f"{kind} {float(mean):.3f}" for kind, (mean, _) in sorted(means.items()))
+            words = ", ".join(f"{name} {float(mean):.3f}" for name, (mean, _) in sorted(means.items()))
             print(f"{label}: step {step}/{steps}, loss: {words}; {time.time() - start:.0f} s", flush=True)
 
 
@@ -227,7 +249,7 @@ def vision_features(model: Any, pixels: Any, batch: int = 512) -> Any:
 
 
 class Rows:
-    """Training batches of one stage. `bank`: list of (scene, look-alike); image 3 n is scene n's query view, 3 n + 1 its clear
+    """Training batches of one stage. `bank`: list of Lesson; image 3 n is scene n's query view, 3 n + 1 its clear
     re-render, 3 n + 2 the clear look-alike."""
 
     def __init__(self, bank: Any, tokenizer: Any, recipe: Any, blind: bool) -> None:
@@ -261,7 +283,7 @@ class Rows:
         """Questions on an image, with references that are mostly true of it."""
         recipe, bank = self.recipe, self.bank
         number = rng.randrange(len(bank))
-        scene, other = bank[number]
+        scene, other, _ = bank[number]
         captions, images = [], []
         for _ in range(references):
             kind = rng.random()
@@ -282,6 +304,7 @@ class Rows:
         view, told, helps = self.one_to_judge(number, rng)
         scene = self.bank[number][0]
         rounds = [q.ask_relevance(one, helps) for one in rng.sample(sample_rounds(scene, rng), 3)]
+        rounds += self.comparing(number, 1, told, 4, rng)
         return self.pack([q.caption(told, rng)], [view, 3 * number], rounds)
 
     def telling_apart(self, rng: random.Random, references: int) -> Row:
@@ -289,16 +312,29 @@ class Rows:
         number = rng.randrange(len(self.bank))
         shown = [self.one_to_judge(number, rng) for _ in range(references)]
         rounds = [q.ask_same(place, same) for place, (_, _, same) in enumerate(shown, start=1)]
+        for place, (_, told, _) in enumerate(shown, start=1):
+            rounds += self.comparing(number, place, told, 2, rng)
         captions = [q.caption(told, rng) for _, told, _ in shown]
         return self.pack(captions, [*(view for view, _, _ in shown), 3 * number], rng.sample(rounds, len(rounds)))
 
     def one_to_judge(self, number: int, rng: random.Random) -> tuple[int, Scene, bool]:
         """A reference for a scene: its image, the scene that its caption tells of, and whether it is the scene itself; else
         it is a look-alike, has a look-alike's caption, or shows another scene."""
-        (scene, other), stranger = self.bank[number], rng.randrange(len(self.bank))
+        (scene, other, _), stranger = self.bank[number], rng.randrange(len(self.bank))
         cases = [(3 * number + 1, scene, True), (3 * number + 2, other, False), (3 * number + 1, other, False)]
         cases.append((3 * stranger + 1, self.bank[stranger][0], stranger == number))
         return rng.choices(cases, weights=(10, 5, 3, 2))[0]
+
+    def comparing(self, number: int, place: int, told: Scene, count: int, rng: random.Random) -> list[q.Round]:
+        """Questions on what is in plain sight, one thing each: is it the same in a reference? Up to half of them by No. Who can
+        answer them has the steps in hand from which the judgement of a whole reference is made."""
+        scene, _, hidden = self.bank[number]
+        plain = [item for item in rng.sample(scene.items, len(scene.items)) if item.kind not in hidden]
+        shown = {(item.kind, item.color) for item in told.items}
+        same = {item: (item.kind, item.color) in shown for item in plain}
+        differ = [item for item in plain if not same[item]][: count // 2]
+        agree = [item for item in plain if same[item]][: count - len(differ)]
+        return [q.ask_agree(place, item.kind, same[item]) for item in [*differ, *agree]]
 
     def pack(self, captions: list[str], images: list[int], rounds: list[q.Round]) -> Row:
         return pack(self.encode, captions, [] if self.blind else images, rounds, self.recipe.patches)
@@ -318,10 +354,9 @@ def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> No
         batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng, rng) for _ in range(len(rows)))
         trained = list(model.model.language_model.parameters()) if blind else [p for p in model.parameters() if p.requires_grad]
 
-        def loss(seen: Any = None if blind else features, batches: Iterator[Any] = batches) -> tuple[Any, str]:
-            batch = next(batches)
+        def loss(seen: Any = None if blind else features, batches: Iterator[Any] = batches) -> dict[str, Any]:
             with recipe.autocast():
-                return batch_loss(model, batch, seen), batch["kind"]
+                return batch_loss(model, next(batches), seen)
 
         rate = recipe.text_rate if blind else recipe.image_rate
         optimize(trained, loss, len(rows), rate, label)
