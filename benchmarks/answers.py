@@ -67,13 +67,17 @@ class Sizes(NamedTuple):
     flush: int
 
 
-def rounds_of(images: int, seed: int) -> tuple[list[dict[str, Any]], dict[int, int]]:
-    """(rows of `rounds` on so many images, in the mix; answer lengths by the seed of the first answer's request)."""
+def rounds_of(images: int, seed: int, fixed: int | None = None) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """(rows of `rounds` on so many images, in the mix; answer lengths by the seed of the first answer's request).
+
+    fixed: length of all answers, if not that of their kinds.
+    """
     draw = random.Random(seed)
     kinds = draw.choices(list(MIX), [samples for samples, *_ in MIX.values()], k=images)
     rows, lengths = [], {}
     for image, kind in enumerate(kinds):
         _, rounds, question, length = MIX[kind]
+        length = fixed or length
         for number in range(rounds):
             name = f"{seed}-{image}#{number}"
             # questions of one kind differ in length by a third
@@ -147,9 +151,9 @@ class Bench:
 
     def first(self, images: int, seed: int, fixed: int | None) -> list[Request]:
         """The stage `answer`; the requests that it made."""
-        rows, lengths = rounds_of(images, seed)
+        rows, lengths = rounds_of(images, seed, fixed)
         limit = fixed or 100
-        self.stopped.lengths.update((key, fixed or value) for key, value in lengths.items())
+        self.stopped.lengths.update(lengths)
         with tempfile.TemporaryDirectory() as folder:
             answer.answer(
                 store.table_of(rows, "rounds"),

@@ -67,7 +67,7 @@ class Scale:
     images: int = 10_000
     test_images: int = 600
     corpus: int = 100_000
-    murk: int = 225
+    murk: int = 255
     miscaptioned: float = 0.25
     limit: int = 25_000  # rounds answered in a cell; twice as many at MAIN_SHARE, whose sweep needs more pairs
     shards: int = 4

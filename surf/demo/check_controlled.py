@@ -1,6 +1,6 @@
 """Measure whether the trained models suit the controlled experiment, on fresh scenes drawn as `surf.demo.controlled` does.
 
-    python -m surf.demo.check_controlled --models models [--images 150] [--murk 225] [--tune 1000] [--rate 1e-4 3e-4] …
+    python -m surf.demo.check_controlled --models models [--images 150] [--murk 255] [--tune 1000] [--rate 1e-4 3e-4] …
 
 What must hold, and what to change where it does not:
 
@@ -9,6 +9,7 @@ What must hold, and what to change where it does not:
     two re-renders                        well above                           more image_steps: captions are not read
     two look-alikes, miscaptioned         well below                           trust nearer to 1: the model judges already
     relevance, same: each role            above 0.8: the difference is seen    more image_steps, or a larger share judged
+    told to leave out: look-alike         near no reference: it can judge      more image_steps, or a larger share told
     retrieved: helps, misleads            like the rows above                  CLIP: more clip_steps
     the same, tuned                       helps kept, misleads near none       nothing to learn from
 
@@ -82,6 +83,9 @@ def conditions(queries: list[Query], asked: list[tuple[int, q.Round]], found: li
     yield "two look-alikes", shown("look-alike")
     yield "two miscaptioned", shown("miscaptioned")
     yield "a re-render and a look-alike", shown("re-render", "look-alike")
+    for roles in (("re-render",), ("look-alike",), ("re-render", "look-alike")):
+        told = [(q.told_to_leave_out(one), views) for one, views in shown(*roles)]
+        yield f"told to leave out: {' and '.join(roles)}", told
     half = len(queries) // 2
     for name, part in (("retrieved, helps", range(half)), ("retrieved, misleads", range(half, len(queries)))):
         yield name, [(one, [*found[n], queries[n].view]) for n, one in asked if n in part]

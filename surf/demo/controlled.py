@@ -69,7 +69,7 @@ class Options:
     test_images: int = 600  # with six questions each in every POPE split
     corpus: int = 100_000  # listed image-caption pairs
     miscaptioned: float = 0.25  # of the misleading queries: the image is right, the caption is not
-    murk: int = 225  # least opacity of fog, of 255: how little can be seen of what is hidden
+    murk: int = 255  # least opacity of fog, of 255: how little can be seen of what is hidden
     workers: int = 1
 
     @property

@@ -78,7 +78,7 @@ class Style:
 SMALL = Style()
 # Eight objects of twelve colours: few of 100,000 scenes share by chance what a query leaves in plain sight, so that the
 # nearest references are the ones that were made for it.
-LARGE = Style(3, (8,), (1,), tuple(PAINTS), 64, ("fog", "fog", "cover"), (205, 255))
+LARGE = Style(3, (8,), (1,), tuple(PAINTS), 64, ("fog", "fog", "fog", "cover"), (205, 255))
 STYLES = {"small": SMALL, "large": LARGE}
 
 

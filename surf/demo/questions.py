@@ -12,6 +12,7 @@ RELEVANCE = (  # the words of surf.prompts.relevance
     "Would the retrieved image-caption pair help to answer the following question about the last image?\n{}\n"
     "Answer with yes or no."
 )
+LEAVE_OUT = "Leave out image-caption pairs that do not show the scene of the last image."
 LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 SYSTEM = (
@@ -29,8 +30,8 @@ PLACE_WEIGHTS = (5, 4, 3, 2)  # of a place's four objects: this makes some objec
 
 @dataclass(frozen=True)
 class Round:
-    """One question turn: kind is yesno, color, place, choice, caption, relevance, same or agree; suffix is
-    LLaVA's answer format line."""
+    """One question turn: kind is yesno, color, place, choice, caption, relevance, same, agree or shown; suffix
+    is LLaVA's answer format line."""
 
     kind: str
     question: str
@@ -85,8 +86,8 @@ def look_alike(scene: Scene, rng: random.Random, hidden: dict[str, str]) -> Scen
 
 
 def hide_some(scene: Scene, rng: random.Random, style: Style) -> dict[str, str]:
-    """Choose two fifths of the objects (rounded down) to hide, and how: enough is left to know the scene by."""
-    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) * 2 // 5)}
+    """Choose half of the objects (rounded down) to hide, and how: enough is left to know the scene by."""
+    return {kind: rng.choice(style.hidings) for kind in rng.sample(scene.kinds, len(scene.items) // 2)}
 
 
 def mislead(scene: Scene, rng: random.Random, hidden: dict[str, str], tells: int, style: Style) -> Scene:
@@ -172,6 +173,17 @@ def ask_agree(number: int, kind: str, same: bool) -> Round:
     """Of one thing in a reference: is it there too, in the same colour?"""
     text = f"Does image-caption pair {number} show the same {kind} as the last image?\nAnswer with yes or no."
     return Round("agree", text, "", "Yes" if same else "No")
+
+
+def ask_shown(number: int, color: str, kind: str, shown: bool) -> Round:
+    """Of one thing: is it in a reference?"""
+    text = f"Does image-caption pair {number} show {article(f'{color} {kind}')}?\nAnswer with yes or no."
+    return Round("shown", text, "", "Yes" if shown else "No")
+
+
+def told_to_leave_out(one: Round) -> Round:
+    """The question, by someone who asks to leave out wrong references."""
+    return replace(one, suffix="\n".join(part for part in (one.suffix, LEAVE_OUT) if part))
 
 
 def ask_caption(scene: Scene, rng: random.Random) -> Round:

@@ -75,7 +75,10 @@ def _texts(seed: int, style: Style, scenes: int = 800) -> list[str]:
             texts.append(f"{system} USER: {layout(one.text, shown)} ASSISTANT: {one.answer}")
         if style != SMALL:
             texts += [q.ask_relevance(rounds[0], helps=True).text, q.ask_same(rng.randint(1, 3), same=True).text]
-            texts.append(q.ask_agree(rng.randint(1, 3), rng.choice(scene.kinds), same=True).text)
+            texts += [
+                q.ask_agree(rng.randint(1, 3), rng.choice(scene.kinds), same=True).text,
+                q.told_to_leave_out(rounds[0]).text,
+            ]
     return texts
 
 

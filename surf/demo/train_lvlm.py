@@ -19,6 +19,7 @@ from surf.demo import together
 from surf.demo.draw import Scene
 from surf.demo.tokens import BOS, EOS, IMAGE, PAD, layout
 
+KINDS = ("answer", "relevance", "same", "agree", "shown")  # of questions, whose losses are told apart
 CAPTION_WEIGHT = 0.25  # loss weight of a caption's tokens: they are many, the short answers few
 
 
@@ -32,14 +33,14 @@ class Lesson(NamedTuple):
 
 @dataclass
 class Row:
-    """One packed row. ids, segment (0 = prefix), position, weight, agree (1: token of such a question): [length]; weight > 0
-    marks tokens to predict."""
+    """One packed row. ids, segment (0 = prefix), position, weight, kind (a place in KINDS): [length]; weight > 0 marks tokens
+    to predict."""
 
     ids: list[int]
     segment: list[int]
     position: list[int]
     weight: list[float]
-    agree: list[int]
+    kind: list[int]
     images: list[int]  # rows of the feature bank, in order of the <image> tags
 
 
@@ -58,13 +59,14 @@ def pack(
         ids = list(encode(part)) + ([IMAGE] * patches if images and number < len(parts) - 1 else [])
         _extend(row, ids, 0, 0.0, len(row.ids))
     start = len(row.ids)
-    row.agree.extend([0] * (start - 1))
+    row.kind.extend([0] * (start - 1))
     for number, one in enumerate(rounds, start=1):
         asked = encode(f"\n{one.text} ASSISTANT:")
         answer = (*encode(f" {one.answer}"), EOS)
         _extend(row, asked, number, 0.0, start)
         _extend(row, answer, number, CAPTION_WEIGHT if one.kind == "caption" else 1.0, start + len(asked))
-        row.agree.extend([int(one.kind == "agree")] * (len(row.ids) - len(row.agree)))
+        kind = KINDS.index(one.kind) if one.kind in KINDS else 0
+        row.kind.extend([kind] * (len(row.ids) - len(row.kind)))
     return row
 
 
@@ -85,8 +87,9 @@ def sample_rounds(scene: Scene, rng: random.Random) -> list[q.Round]:
 
 
 def collate(rows: list[Row]) -> dict[str, Any]:
-    """Return padded tensors [rows, length] of the rows' fields, `images` as one int64 [images of all rows], and `goal`:
-    int64 [tokens to predict], places in the flattened [rows, length - 1]; found here, it makes no GPU wait."""
+    """Return padded tensors [rows, length] of the rows' fields, `images` as one int64 [images of all rows], `goal`: int64
+    [tokens to predict], places in the flattened [rows, length - 1], and `kinds`, a list of those that occur; found here, they
+    make no GPU wait."""
     import torch
 
     length = -(-max(len(row.ids) for row in rows) // 16) * 16  # attention with a mask is fast for such lengths
@@ -96,21 +99,22 @@ def collate(rows: list[Row]) -> dict[str, Any]:
 
     batch = {"ids": padded("ids", PAD, torch.long), "segment": padded("segment", -1, torch.long)}
     batch |= {"position": padded("position", 0, torch.long), "weight": padded("weight", 0.0, torch.float32)}
-    batch["agree"] = padded("agree", 0, torch.long)
+    batch["kind"] = padded("kind", 0, torch.long)
     batch["images"] = torch.tensor([image for row in rows for image in row.images], dtype=torch.long)
-    return batch | {"goal": (batch["weight"][:, 1:] > 0).flatten().nonzero()[:, 0]}
+    batch["goal"] = (batch["weight"][:, 1:] > 0).flatten().nonzero()[:, 0]
+    return batch | {"kinds": sorted({kind for row in rows for kind, own in zip(row.kind, row.weight, strict=True) if own})}
 
 
 def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> dict[str, Any]:
-    """Return the weighted cross-entropy of a batch of `collate`: "all", and of `agree` questions and the others apart.
+    """Return the weighted cross-entropy of a batch of `collate`: "all", and of each kind of question apart.
 
-    features: [images, patches, width] of the vision tower.
+    Answers go by the batch's own name. features: [images, patches, width] of the vision tower.
     """
     import torch
     from torch.nn import functional
 
-    kind = batch["kind"]
-    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items() if name != "kind"}
+    names, kinds = [batch.pop("name"), *KINDS[1:]], batch.pop("kinds")
+    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
     ids, segment, weight, length = batch["ids"], batch["segment"], batch["weight"], batch["ids"].shape[1]
     embedded = model.get_input_embeddings()(ids)
     if features is not None:
@@ -127,15 +131,13 @@ def batch_loss(model: Any, batch: dict[str, Any], features: Any) -> dict[str, An
     logits = model.lm_head(hidden[:, :-1].flatten(0, 1)[goal]).float()
     losses = functional.cross_entropy(logits, ids[:, 1:].flatten()[goal], reduction="none")
     scale = weight[:, 1:].flatten()[goal]
-    agree = batch["agree"][:, 1:].flatten()[goal]
-    parts = {"all": scale, kind: scale * (1 - agree)}
-    if kind in ("relevance", "same"):
-        parts["agree"] = scale * agree
+    kind = batch["kind"][:, 1:].flatten()[goal]
+    parts = {"all": scale, **{names[one]: scale * (kind == one) for one in kinds}}
     return {name: (losses * own).sum() / own.sum() for name, own in parts.items()}
 
 
 def optimize(parameters: list[Any], draw: Callable[[], dict[str, Any]], steps: int, rate: float, label: str) -> None:
-    """Run AdamW for `steps` losses "all" drawn by `draw`, with warm-up and cosine decay; print means of losses by their names."""
+    """Run AdamW for `steps` losses "all" drawn by `draw`, with warm-up and cosine decay; print means by their names."""
     import torch
 
     cuda = parameters[0].device.type == "cuda"
@@ -273,11 +275,18 @@ class Rows:
         """One number of references per batch: rows of equal length waste no padding."""
         recipe, size = self.recipe, self.recipe.lvlm_batch
         count = kinds.choice((1, 1, 2, 2, 3)) if self.blind or kinds.random() < recipe.reference_share else 0
-        if count and not self.blind and recipe.judged and kinds.random() < recipe.judged:
-            make, kind = (self.judging, "relevance") if count == 1 else (partial(self.telling_apart, references=count), "same")
-        else:
-            make, kind = partial(self.answering, references=count), f"{count} references"
-        return collate([make(rng) for _ in range(size)]) | {"kind": kind}
+        make: Callable[[random.Random], Row] = partial(self.answering, references=count)
+        name = f"{count} references"
+        if count and recipe.judged + recipe.told:
+            drawn = kinds.random()
+            if drawn < recipe.judged and self.blind:
+                make, name = partial(self.reading, references=kinds.choice((2, 3))), "reading"
+            elif drawn < recipe.judged:
+                count = kinds.choice((1, 2, 2, 3))
+                make = self.judging if count == 1 else partial(self.telling_apart, references=count)
+            elif drawn < recipe.judged + recipe.told and not self.blind:
+                make, name = partial(self.careful, references=kinds.choice((1, 2, 2, 3))), "told"
+        return collate([make(rng) for _ in range(size)]) | {"name": name}
 
     def answering(self, rng: random.Random, references: int) -> Row:
         """Questions on an image, with references that are mostly true of it."""
@@ -298,6 +307,33 @@ class Rows:
             images.append(view)
         return self.pack(captions, [*images, 3 * number], sample_rounds(scene, rng))
 
+    def reading(self, rng: random.Random, references: int) -> Row:
+        """What does each of several captions say? Whoever is asked about a reference has to find it first."""
+        number = rng.randrange(len(self.bank))
+        told = [self.one_to_judge(number, rng)[1] for _ in range(references)]
+        rounds = [one for place in range(1, references + 1) for one in self.finding(place, told, 4, rng)]
+        return self.pack([q.caption(one, rng) for one in told], [], rng.sample(rounds, len(rounds)))
+
+    def finding(self, place: int, told: list[Scene], count: int, rng: random.Random) -> list[q.Round]:
+        """Questions on what reference number `place` says, as many by Yes as by No; No is mostly true of another reference."""
+        own = {(item.color, item.kind) for item in told[place - 1].items}
+        others = sorted({(item.color, item.kind) for scene in told for item in scene.items} - own)
+        painted = sorted((rng.choice(self.recipe.style.colors), item.kind) for item in told[place - 1].items)
+        absent = rng.sample(others, min(len(others), count // 2)) or [one for one in painted if one not in own]
+        asked = [*rng.sample(sorted(own), count // 2), *absent[: count // 2]]
+        return [q.ask_shown(place, *one, one in own) for one in asked]
+
+    def careful(self, rng: random.Random, references: int) -> Row:
+        """Questions with references half of which are wrong, asked by someone who says: leave out what is of another scene."""
+        number = rng.randrange(len(self.bank))
+        scene = self.bank[number].scene
+        shown = [self.one_to_judge(number, rng) for _ in range(references)]
+        rounds = [q.told_to_leave_out(one) for one in sample_rounds(scene, rng)]
+        if references > 1:
+            rounds += [q.ask_same(place, same) for place, (_, _, same) in enumerate(shown, start=1)]
+        captions = [q.caption(told, rng) for _, told, _ in shown]
+        return self.pack(captions, [*(view for view, _, _ in shown), 3 * number], rounds)
+
     def judging(self, rng: random.Random) -> Row:
         """Is the one reference relevant? Half of the time it is."""
         number = rng.randrange(len(self.bank))
@@ -314,6 +350,7 @@ class Rows:
         rounds = [q.ask_same(place, same) for place, (_, _, same) in enumerate(shown, start=1)]
         for place, (_, told, _) in enumerate(shown, start=1):
             rounds += self.comparing(number, place, told, 2, rng)
+            rounds += self.finding(place, [one for _, one, _ in shown], 2, rng)
         captions = [q.caption(told, rng) for _, told, _ in shown]
         return self.pack(captions, [*(view for view, _, _ in shown), 3 * number], rng.sample(rounds, len(rounds)))
 

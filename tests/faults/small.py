@@ -86,8 +86,8 @@ class Example:
         if time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_SECONDS
             self._look_at_files()
-        for path in self.results.rglob("_partial/*/*/[!.]*.parquet"):
-            if path not in self._rows:
+        for path in self._files():
+            if path.parts[-4] == "_partial" and path.suffix == ".parquet" and path not in self._rows:
                 try:
                     table, keys = pq.read_table(path, partitioning=None), KEYS[store.footer(path)[1]["dataset"]]
                 except (OSError, pa.ArrowException, SurfError):  # gone by now, or truncated on purpose
@@ -95,7 +95,7 @@ class Example:
                 self._rows[path] = Counter(map(str, table.select(keys).to_pylist()))
 
     def _look_at_files(self) -> None:
-        for path in self.results.rglob("[!.]*"):
+        for path in self._files():
             if path.suffix not in (".parquet", ".json") or "_checkpoints" in path.parts:
                 continue
             try:
@@ -109,6 +109,11 @@ class Example:
                     json.loads(content) if path.suffix == ".json" else pq.read_table(pa.BufferReader(content))
                 except (ValueError, pa.ArrowException):
                     self.half_written.append(str(path.relative_to(self.results)))
+
+    def _files(self) -> list[Path]:
+        """All files that have their names; folders may vanish meanwhile, which `Path.rglob` does not bear."""
+        found = ((Path(folder), names) for folder, _, names in os.walk(self.results))
+        return [folder / name for folder, names in found for name in names if not name.startswith(".")]
 
     def looked_at(self) -> int:
         """How many files were found whole, or not, soon after they had got their name."""

@@ -264,7 +264,7 @@ def test_a_misleading_reference_can_be_told_from_what_is_in_plain_sight() -> Non
             hidden = q.hide_some(scene, rng, LARGE)
             other = q.mislead(scene, rng, hidden, tells, LARGE)
             plain = [item for item in scene.items if item.kind not in hidden]
-            assert len(hidden) == 3 and len(q.glimpse(scene, rng, hidden).items) == 6
+            assert len(hidden) == 4 and len(q.glimpse(scene, rng, hidden).items) == 6
             assert sum(item not in other.items for item in plain) == tells < len(plain) + 1
             assert not set(other.kinds) & set(hidden) and len(set(other.kinds)) == len(scene.kinds)
             assert [item.cell for item in other.items] == [item.cell for item in scene.items]
@@ -287,9 +287,11 @@ def test_training_teaches_to_believe_and_to_judge_apart() -> None:
     bank, _ = draw_bank(6, 0, recipe.style)
     rows = Rows(bank, tokenizer, recipe, blind=False)
     first, again = rows[3], rows[3]
-    assert first.pop("kind") == again.pop("kind")
+    assert [first.pop(name) for name in ("name", "kinds")] == [again.pop(name) for name in ("name", "kinds")]
     assert all(bool((first[name] == again[name]).all()) for name in first)
-    assert {rows[step]["kind"] for step in range(30)} >= {"0 references", "2 references", "relevance", "same"}
+    drawn = [rows[step] for step in range(30)]
+    assert {one["name"] for one in drawn} >= {"0 references", "2 references", "told"}
+    assert {kind for one in drawn for kind in one["kinds"]} == set(range(5))
     seen: Counter[tuple[str, bool]] = Counter()
     rng = random.Random(0)
     for _ in range(40):
@@ -305,16 +307,20 @@ def test_training_teaches_to_believe_and_to_judge_apart() -> None:
             shown = [{item for item in lesson.scene.items if f"{item.color} {item.kind} " in _words(one)} for one in captions]
             for question in asked.split("</s>")[:-1]:
                 said = question.endswith("Yes")
-                about = re.search(r"pair (\d) show the (scene|same (\w+))", question)
-                items = shown[int(about[1]) - 1] if about else shown[0]
-                if about and about[3]:
-                    assert about[3] not in lesson.hidden
-                    assert said == any(item.kind == about[3] for item in items)
+                about = re.search(r"pair (\d) show (?:the same (\w+)|an? (\w+ \w+)\?|the scene)", question)
+                number = int(about[1]) - 1 if about else 0
+                if about and about[2]:
+                    assert about[2] not in lesson.hidden
+                    assert said == any(item.kind == about[2] for item in shown[number])
+                elif about and about[3]:
+                    assert said == (f"{about[3]} " in _words(captions[number]))
                 else:
-                    assert said == (len(items) == len(lesson.scene.items))
+                    assert said == (len(shown[number]) == len(lesson.scene.items))
                     assert about or "Would the retrieved" in question
-                seen[(about or {2: "help"})[2].split()[0], said] += 1
-    assert len(seen) == 6 and min(seen.values()) >= 10
+                seen[("agree" if about[2] else "shown" if about[3] else "same") if about else "relevance", said] += 1
+    assert len(seen) == 8 and min(seen.values()) >= 10
+    told = tokenizer.decode(rows.careful(rng, 2).ids)
+    assert told.count("ASSISTANT:") == told.count(q.LEAVE_OUT) + 2  # two questions ask which references are of the scene
 
 
 def _words(text: str) -> str:
