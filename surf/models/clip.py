@@ -93,7 +93,8 @@ class Clip:
         self.decoder = pipeline.Decoder(images, crop, (height, width), options.decode != "exact", on_gpu)
         features = _features(model, mean.to(device), std.to(device), _precision(options))
         self.features = features if options.compile == "off" else torch.compile(features, mode=options.compile)
-        self.side: Any = torch.cuda.Stream() if device == "cuda" else None
+        # before the model where both want the GPU: pixels are what the model waits for
+        self.side: Any = torch.cuda.Stream(priority=-1) if device == "cuda" else None
 
     def encode(self, names: Sequence[str]) -> tuple[np.ndarray, dict[str, str]]:
         """See `surf.models.Encoder`."""
