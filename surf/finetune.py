@@ -21,9 +21,10 @@ from typing import Any
 from surf import __version__, checkpoints, cli, prompts, store
 from surf.config import Finetune, Images, Lvlm
 from surf.errors import SurfError
+from surf.models import fused
 from surf.processing import load_processor
 from surf.samples import collate, make_samples
-from surf.training import card, fused, network, packing
+from surf.training import card, network, packing
 from surf.training.arguments import arguments
 from surf.training.order import schedule
 from surf.training.processes import leave, share, signals

@@ -26,15 +26,14 @@ from typing import Any
 from surf.demo import questions as q
 from surf.demo import together, tokens
 from surf.demo.draw import KINDS, STYLES, Style, render
+from surf.demo.lessons import Bank, Lesson
 from surf.demo.recipes import PATCH, RECIPES, Recipe
-from surf.demo.train_lvlm import Lesson, batches_of, build_model, optimize, train
+from surf.demo.train_lvlm import batches_of, build_model, optimize, train
 from surf.demo.world import CLEAR_NOISE, QUERY_HIDE, QUERY_NOISE
 
 CONTEXT = 48  # CLIP text tokens
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own pixel statistics, as both preprocessors use them
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-Bank = list[Lesson]
 
 
 def draw_bank(

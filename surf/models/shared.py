@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from surf import config, processing, prompts
+from surf.models import fused
 from surf.models.decode import STEPS, Steps, generate, places
 from surf.models.features import Ahead, Features, pool
 from surf.models.prefill import Layout, Prefill
@@ -43,33 +44,6 @@ def why_not(model: Any) -> str:
     return f"generation_config has {', '.join(sorted(odd))}" if odd else ""
 
 
-def fuse(decoder: Any, backend: str = "inductor") -> bool:
-    """Compile what is bound by memory between the matrix products: norms and feed-forward blocks of all layers.
-
-    All layers share three compiled functions, which work for any number of tokens. Returns whether it worked; if not, the log
-    says why and nothing is compiled.
-    """
-    import torch
-
-    parts = [decoder.norm]
-    for layer in decoder.layers:
-        parts += [layer.input_layernorm, layer.post_attention_layernorm, layer.mlp]
-    try:
-        for part in parts:
-            part.compile(dynamic=True, backend=backend)
-        with torch.inference_mode():
-            for tokens in (24, 96):
-                hidden = next(decoder.parameters()).new_zeros(2, tokens, decoder.config.hidden_size)
-                for part in parts[:4]:
-                    part(hidden)
-    except Exception as error:  # no compiler, no Triton, an old driver: many kinds
-        log.warning("the model is not compiled (%s): slower, equal results", str(error).strip().splitlines()[0])
-        for part in parts:
-            part._compiled_call_impl = None
-        return False
-    return True
-
-
 class Shared:
     """Answers and log-likelihoods of batches of `Group`s.
 
@@ -100,7 +74,7 @@ class Shared:
         if not reason:
             made = cls(model, processor, _MadeUp(), options, image_tokens)
             if options.compile and model.device.type == "cuda":
-                fuse(model.model.language_model)
+                fused.enable(model.model.language_model, list(model.model.language_model.layers), train=False)
             reason = made.differs() if check else ""
             made.images = images
         if reason:

@@ -8,8 +8,9 @@ from typing import Any
 from surf import adapters
 from surf.config import Finetune, Lvlm
 from surf.errors import SurfError
+from surf.models import fused
 from surf.processing import stop_at_end
-from surf.training import fused, loss, packing
+from surf.training import loss, packing
 
 
 def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:

@@ -18,9 +18,9 @@ from surf import config, prompts
 from surf.demo import MODELS, controlled, tokens, world
 from surf.demo import questions as q
 from surf.demo.draw import KINDS, LARGE, SIZE, Scene, render
+from surf.demo.lessons import Rows
 from surf.demo.recipes import RECIPES
 from surf.demo.train import draw_bank
-from surf.demo.train_lvlm import Rows
 
 SCALE = 0.1
 

@@ -14,8 +14,9 @@ from test_finetune import job, rows  # noqa: F401
 
 from surf import config, finetune, prompts, samples
 from surf.errors import SurfError
+from surf.models import fused
 from surf.processing import load_processor
-from surf.training import fused, network
+from surf.training import network
 from surf.training.loss import summed
 from surf.training.order import schedule
 from surf.training.speed import cost

@@ -46,10 +46,13 @@ def rotary(query: Any, key: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
     return turned(query), turned(key)
 
 
-def enable(text: Any, layers: list[Any]) -> bool:
+def enable(text: Any, layers: list[Any], *, train: bool = True) -> bool:
     """Let the language model `text` and its `layers` use the compiled functions; returns whether they can be compiled.
 
     If not (no compiler, no Triton), the log says so in one line and nothing is changed.
+
+    Args:
+        train: else they are called in inference mode only.
     """
     import torch
 
@@ -65,7 +68,7 @@ def enable(text: Any, layers: list[Any]) -> bool:
                 left.add(type(module).__name__)
         homes = [home for home in _homes(layers) if _is_rotary(getattr(home, ROTARY))]
     try:
-        _warm_up(text, norms, blocks, bool(homes))
+        _warm_up(text, norms, blocks, bool(homes), train)
     except Exception as error:  # no compiler, an old driver: many kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         log.warning("nothing is compiled (%s): slower, equal results", reason)
@@ -195,20 +198,24 @@ def _homes(modules: Any) -> Iterator[Any]:
 # --- the first call ----------------------------------------------------------------------------------------------------
 
 
-def _warm_up(text: Any, norms: list[Any], blocks: list[Any], rotates: bool) -> None:
-    """Compile now, forward and backward, for each kind of tensors that the model will bring."""
+def _warm_up(text: Any, norms: list[Any], blocks: list[Any], rotates: bool, train: bool) -> None:
+    """Compile now, forward and in training backward, for each kind of tensors that the model will bring."""
     import torch
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     tokens = TOKENS[device.type]
 
     def made(*shape: int, dtype: Any, grad: bool = True) -> Any:
-        tensor = torch.ones(tokens, *shape, dtype=dtype, device=device, requires_grad=grad)
+        with torch.inference_mode(not train):
+            tensor = torch.ones(tokens, *shape, dtype=dtype, device=device, requires_grad=grad and train)
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return tensor
 
     def run(function: Callable[..., Any], *inputs: Any) -> None:
-        found = compiled(function)(*inputs)
+        with torch.inference_mode(not train):
+            found = compiled(function)(*inputs)
+        if not train:
+            return
         parts = found if isinstance(found, tuple) else (found,)
         torch.autograd.backward(parts, [torch.ones_like(part) for part in parts])
 
