@@ -27,6 +27,8 @@ import warm
 import yaml
 from experiment_tables import Cell
 
+from surf.demo.questions import LEAVE_OUT
+
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "surf" / "demo" / "models"
 SPLITS = ("random", "popular", "adversarial")
@@ -46,6 +48,7 @@ EXTRA_VARIANTS: dict[str, dict[str, Any]] = {  # at MAIN_SHARE
 METHODS: dict[str, dict[str, Any]] = {  # in every cell, beside one for each variant
     "zero-shot": {"model": "base"},
     "vanilla-rag": {"model": "base", "references": 2},
+    "told-rag": {"model": "base", "references": 2, "say": LEAVE_OUT},  # what the base model was taught to follow
     "rerank-caption": {"model": "base", "references": 2, "rerank": "caption"},
     "rerank-relevance": {"model": "base", "references": 2, "rerank": "relevance"},
     "filter-judged": {"model": "base", "references": 2, "keep": "judged"},

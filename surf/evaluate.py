@@ -104,9 +104,11 @@ def answer(
 
     def requests(rows: Sequence[Row], bare: bool = False) -> list[Request]:
         pairs = [() if bare else shown.get(row["question_id"], ()) for row in rows]
+        said = f"{suffix}\n{method.say}" if method.say else suffix
+        texts = [row["question"] + (said if of else suffix) for row, of in zip(rows, pairs, strict=True)]
         return [
-            Request(prompts.from_options(row["question"] + suffix, row["image"], [ref for _, ref in of], lvlm, method.show))
-            for row, of in zip(rows, pairs, strict=True)
+            Request(prompts.from_options(text, row["image"], [ref for _, ref in of], lvlm, method.show))
+            for text, row, of in zip(texts, rows, pairs, strict=True)
         ]
 
     for chunk in cli.chunks(todo, FLUSH_ROWS, desc="evaluate", unit="question"):

@@ -141,6 +141,17 @@ def test_captions_alone_and_images_alone(tmp_path, question_file, show, images, 
     assert responder.prompts[0].text == text + rows[0]["question"]
 
 
+def test_a_line_is_said_only_where_references_are_shown(tmp_path, question_file):
+    rows = asked(question_file)[:2]
+    responder = FakeResponder()
+    method = Method(model="base", references=2, say="Leave out what does not fit.")
+    answer(rows, {rows[0]["question_id"]: REFERENCES}, responder, partial_for(tmp_path), method, suffix="\nYes or no?")
+    ends = {"</Retrieval>" in prompt.text: prompt.text.partition("Yes or no?")[2] for prompt in responder.prompts}
+    assert ends == {True: "\nLeave out what does not fit.", False: ""}
+    with pytest.raises(ValueError, match="say without references"):
+        Method(model="base", say="Leave out what does not fit.")
+
+
 # --- references -------------------------------------------------------------------------------------------------------
 
 NEAR = [(10, 0.9), (11, 0.8), (12, 0.7), (13, 0.6)]
