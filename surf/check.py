@@ -239,7 +239,8 @@ def _rates(report: Report, cfg: config.Config, calibration: Path) -> rates.Rates
 
 def _disk(report: Report, cfg: config.Config, made: plan.Plan) -> None:
     folder = Path(cfg.results)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    files = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    there = sum(file.stat().st_size for file in files if file.exists())  # jobs may be at work: folders and files go meanwhile
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     free, needed = shutil.disk_usage(existing).free, max(0, made.disk_bytes - there)
     text = f"{plantable.size(needed)} more at most, {plantable.size(free)} free at {cfg.results}"

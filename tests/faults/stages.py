@@ -135,9 +135,11 @@ class Runner:
         for victim in members if whole_group else [self.draw.choice(members)]:
             with suppress(ProcessLookupError):
                 os.kill(victim, number)
-        code = self.wait(pid, 120)
+        # where one of several processes that train is struck, torchrun gives the others ten minutes to save and end
+        patience = 660 if job.rule == "finetune" else 120
+        code = self.wait(pid, patience)
         if code is None:
-            self.faults.append(f"{job.output}: goes on 120 s after {name}")
+            self.faults.append(f"{job.output}: goes on {patience} s after {name}")
             os.killpg(pid, signal.SIGKILL)
             self.wait(pid)
         self.events[job.rule, name] += 1
