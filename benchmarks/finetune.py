@@ -30,7 +30,8 @@ import common
 import llava
 
 from surf import config, samples
-from surf.training import fused, network
+from surf.models import fused
+from surf.training import network
 from surf.training.arguments import arguments
 from surf.training.processes import any_process
 from surf.training.speed import PEAKS, cost
@@ -54,8 +55,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "surf, ZeRO-2": {"zero_stage": 2},
 }
 ROWS = [f"{OURS}@8", f"{PLAIN}@8", f"{OURS}@16"]  # the first seven rows in some four minutes
-ROWS += [f"{name}@8" for name in list(SWITCHES)[2:]]
-ROWS += [f"{PLAIN}@16"]  # the last two may be out of memory, which costs a new start
+ROWS += [f"{name}@8" for name in list(SWITCHES)[2:]] + [f"{PLAIN}@16"]  # the last two may be out of memory: a new start
 TINY = [f"{OURS}@2", f"{PLAIN}@2", "surf, 2 layers kept@2"]
 HEAD = ["", "batch", "samples/s/GPU", "/ plain", "MFU", "of measured peak", "peak GiB", "data wait", "max Δ loss", "set-up s"]
 
@@ -128,17 +128,12 @@ def start(gpus: int, out: Path, end: float) -> str:
         slow = False
         while running.poll() is None:
             time.sleep(0.5)
-            rows = read(out)
-            for row in rows[seen:]:
-                print(common.table([], [cells(row, out)]).splitlines()[-1], flush=True)
-            if len(rows) > seen:
-                seen, since = len(rows), time.time()
-                (out / "table.md").write_text(table(out) + "\n")
+            if rows := read(out)[seen:]:
+                seen, since = seen + len(rows), time.time()
+                show(rows, out)
             if (slow := time.time() - since > PATIENCE) or time.time() > end:
                 common.kill(running)
-        for row in read(out)[seen:]:
-            print(common.table([], [cells(row, out)]).splitlines()[-1], flush=True)
-        (out / "table.md").write_text(table(out) + "\n")
+        show(read(out)[seen:], out)
         log.seek(before)
         said = log.read()
     if slow:
@@ -162,8 +157,14 @@ def write(out: Path, row: dict[str, Any]) -> None:
     with open(out / "rows.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     if "error" in row:
+        show([row], out)
+
+
+def show(rows: list[dict[str, Any]], out: Path) -> None:
+    """Print new rows, and write the table anew."""
+    for row in rows:
         print(common.table([], [cells(row, out)]).splitlines()[-1], flush=True)
-        (out / "table.md").write_text(table(out) + "\n")
+    (out / "table.md").write_text(table(out) + "\n")
 
 
 def table(out: Path) -> str:
@@ -178,7 +179,6 @@ def cells(row: dict[str, Any], out: Path) -> list[Any]:
     plain = next((one for one in read(out) if "losses" in one and (one["row"], one["batch"]) == (PLAIN, row["batch"])), {})
     reachable, known = _reachable(out), PEAKS.get(row["gpu"])
     achieved = row["flops"] * row["samples_per_second"]
-    both = list(zip(row["losses"], plain.get("losses", []), strict=False))
     return [
         row["row"],
         row["batch"],
@@ -188,7 +188,7 @@ def cells(row: dict[str, Any], out: Path) -> list[Any]:
         f"{achieved / reachable:.1%}" if reachable else "",
         row["peak_gib"],
         f"{row['data_wait']:.1%}" if "data_wait" in row else "",
-        max((abs(one - other) for one, other in both), default=""),
+        max((abs(one - other) for one, other in zip(row["losses"], plain.get("losses", []), strict=False)), default=""),
         row["set_up"],
     ]
 
@@ -220,10 +220,8 @@ def work(out: Path) -> None:
     if cuda and not rank and not (out / "peak.json").exists():
         (out / "peak.json").write_text(json.dumps(matmul()))
     processor, _ = llava.processor_and_config(plan["tiny"])
-    lvlm, images = (
-        config.Lvlm(dtype="float32" if plan["tiny"] else "bfloat16"),
-        config.Images(roots=[str(Path(plan["scratch"]) / "images")]),
-    )
+    lvlm = config.Lvlm(dtype="float32" if plan["tiny"] else "bfloat16")
+    images = config.Images(roots=[str(Path(plan["scratch"]) / "images")])
     rows = llava.rows(plan["samples"], processor, lvlm, images)
     made = [samples.make_sample(row, processor, lvlm, images) for row in rows]
     for name, batch in map(_split, plan["rows"]):
@@ -232,8 +230,7 @@ def work(out: Path) -> None:
         if not rank:
             write(out, {"row": name, "batch": batch, **figures})
         left = free()
-        device = torch.device("cuda" if cuda else "cpu")
-        if any_process(left > 1 or time.time() > plan["end"], device):
+        if any_process(left > 1 or time.time() > plan["end"], torch.device("cuda" if cuda else "cpu")):
             print(f"{left:.1f} GiB were not given back: the next row gets new processes", flush=True)
             break
     torch.distributed.barrier()
@@ -251,9 +248,8 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
     chosen = made[: (WARM_UP + plan["steps"]) * batch * world]
     options = {"processes": world, "batch_size": batch, "learning_rate": 1e-5, "save_steps": 10**6, "warmup_ratio": 0.0}
     finetune = config.Finetune(**options, **SWITCHES[name])
-    settings = arguments(
-        Path(plan["scratch"]) / "run", 0, finetune, lvlm
-    )  # DeepSpeed's settings must be there before the model is
+    # DeepSpeed's settings must be there before the model is
+    settings = arguments(Path(plan["scratch"]) / "run", 0, finetune, lvlm)
     _, whole = llava.processor_and_config(plan["tiny"])
     # under ZeRO-3 each process makes its share of the weights; else they are made where they shall be
     model = llava.model(whole, network.dtype(settings), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None)
@@ -267,8 +263,7 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
 
         for key, weight in model.named_parameters():
             weight.requires_grad_("vision_tower" not in key)
-        settings.gradient_checkpointing = True
-        settings.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        settings.gradient_checkpointing, settings.gradient_checkpointing_kwargs = True, {"use_reentrant": False}
         counted = cost(model)
         running = Plain(model=model, args=settings, train_dataset=chosen, data_collator=collator, processing_class=processor)
     else:

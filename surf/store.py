@@ -7,13 +7,10 @@ A file appears under its name only when it is whole: it is written beside it, sy
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
-import socket
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,13 @@ import pyarrow.parquet as pq
 
 from surf import __version__
 from surf.errors import SurfError
+from surf.files import read_json as read_json  # all reading and writing is asked for as `store`
+from surf.files import read_rows as read_rows
+from surf.files import replacing as replacing
+from surf.files import write_json as write_json
+from surf.files import write_json_rows as write_json_rows
+from surf.files import write_text as write_text
+from surf.files import writer_is_gone
 from surf.schemas import KEYS, SCHEMAS, with_dim
 
 MANIFEST = "_manifest.json"
@@ -35,101 +39,6 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     }
 }
 log = logging.getLogger("surf")
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, unique to this process, that takes the place of `path` at the end.
-
-    Two writers of one file cannot tear it: the later rename wins, whole. On an error nothing remains; what writers of `path`
-    left that were killed on this machine is removed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    for stray in path.parent.glob(f".{path.name}.*.tmp"):
-        if _writer_is_gone(stray):
-            stray.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> int:
-    """Remove what is not needed below `folder` when no job is at work; the number of files that killed writers left.
-
-    These are temporary files, but for those of processes that are alive on this machine. Saved rows of finished parts go too.
-    """
-    strays = [path for path in folder.rglob(".*.tmp") if _writer_is_gone(path, elsewhere=True)]
-    for path in strays:
-        path.unlink(missing_ok=True)
-    for path in list(folder.rglob("_partial/*")):
-        part = path.parent.parent / f"{path.name}.parquet"
-        if part.exists():
-            forget(part)
-    return len(strays)
-
-
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp")
-
-
-def _writer_is_gone(temporary: Path, *, elsewhere: bool = False) -> bool:
-    """Whether the process in a temporary file's name is dead; `elsewhere` is the answer for processes of other machines."""
-    match = _TEMPORARY.fullmatch(temporary.name)
-    if not match:
-        return False
-    if f".{socket.gethostname()}.{match[1]}." not in temporary.name:
-        return elsewhere
-    try:
-        os.kill(int(match[1]), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:  # alive, another user's
-        return False
-    return False
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON with sorted keys and no time stamps, so that equal content gives equal bytes."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
-
-
-def write_json_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON list, one row a line, keys in their given order."""
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(path, f"[\n{lines}\n]\n")
-
-
-def read_json(path: Path, *, expected: str = "a JSON file", next: str = "") -> Any:
-    """Read a JSON file that a user may have supplied; any fault becomes a `SurfError`."""
-    import orjson
-
-    try:
-        return orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SurfError("there is no such file", where=str(path), expected=expected, next=next) from None
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise SurfError(f"cannot be read ({error})", where=str(path), expected=expected, next=next) from None
-
-
-def read_rows(path: Path, expected: str) -> list[Any]:
-    """Read a JSON file that must hold a list with at least one row; `expected` says of what, and which key names the file."""
-    rows = read_json(path, expected=expected)
-    if not isinstance(rows, list) or not rows:
-        raise SurfError("holds no rows", where=str(path), expected=expected)
-    return rows
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -356,3 +265,18 @@ def forget(part: Path) -> None:
     shutil.rmtree(root / part.stem, ignore_errors=True)
     with suppress(OSError):  # other parts still have unfinished rows
         root.rmdir()
+
+
+def sweep(folder: Path) -> int:
+    """Remove what is not needed below `folder` when no job is at work; the number of files that killed writers left.
+
+    These are temporary files, but for those of processes that are alive on this machine. Saved rows of finished parts go too.
+    """
+    strays = [path for path in folder.rglob(".*.tmp") if writer_is_gone(path, elsewhere=True)]
+    for path in strays:
+        path.unlink(missing_ok=True)
+    for path in list(folder.rglob("_partial/*")):
+        part = path.parent.parent / f"{path.name}.parquet"
+        if part.exists():
+            forget(part)
+    return len(strays)

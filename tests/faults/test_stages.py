@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -112,7 +113,7 @@ def test_saved_rows_are_kept_until_the_dataset_is_whole(tmp_path):
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    host = store.socket.gethostname()
+    host = socket.gethostname()
     path = tmp_path / "deep/a.parquet"
     path.parent.mkdir()
     dead, alive, elsewhere = (

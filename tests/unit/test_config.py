@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surf import cli, config, describe
+from surf import cli, config, describe, prompts
 from surf.errors import SurfError
 from surf.methods import Method
 
@@ -128,7 +128,7 @@ texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_
     lvlm=st.builds(
         config.Lvlm,
         model=texts,
-        layout=st.sampled_from(config.LAYOUTS),
+        layout=st.sampled_from(prompts.LAYOUTS),
         system_prompt=texts,
         pad_to_square=st.booleans(),
         batch_size=st.integers(1, 1000),
