@@ -16,6 +16,7 @@ from surf.errors import SurfError
 
 BLOCK_ROWS = 262_144  # vectors of the corpus compared at a time: 0.8 GB of 768 float32 numbers
 BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
+KEPT_QUERIES = 262_144  # queries that stay on the device: 0.4 GB of float16 numbers, the rest is copied for every block
 GROUP = 64  # scores whose highest one is looked at first
 
 
@@ -111,6 +112,10 @@ def exact(
     size = 0
     with torch.inference_mode(), _full_precision():
         halves = device == "cuda" and all(_are_halves(part.to(device)) for part in asked.split(BLOCK_ROWS))
+        kind = torch.float16 if halves else torch.float32
+        parts = list(asked.split(BLOCK_QUERIES))
+        kept = -(-KEPT_QUERIES // BLOCK_QUERIES)
+        parts[:kept] = [part.to(device).to(kind) for part in parts[:kept]]
         for ids, vectors in blocks:
             size = max(size, -(-len(ids) // GROUP) * GROUP)  # the last block is the shortest one
             corpus = torch.zeros((size, queries.shape[1]), device=device)
@@ -120,16 +125,16 @@ def exact(
             small = halves and _are_halves(corpus)
             if small:
                 corpus = corpus.half()
-            for start in range(0, len(queries), BLOCK_QUERIES):
+            for start, part in zip(range(0, len(queries), BLOCK_QUERIES), parts, strict=False):
                 rows = slice(start, start + BLOCK_QUERIES)
-                own = asked[rows].to(device)
-                scores = torch.mm(own.half(), corpus.T, out_dtype=torch.float32) if small else own @ corpus.T
+                own = part.to(device)
+                scores = torch.mm(own.half(), corpus.T, out_dtype=torch.float32) if small else own.float() @ corpus.T
                 scores[:, len(ids) :] = -torch.inf
                 values, places = highest(scores, min(k, len(ids)))
                 both = torch.cat([best[rows], values], 1)
                 names = torch.cat([found[rows], number[places]], 1)
-                kept = both.topk(k)
-                best[rows], found[rows] = kept.values, names.gather(1, kept.indices)
+                top = both.topk(k)
+                best[rows], found[rows] = top.values, names.gather(1, top.indices)
     similarity, result = best.cpu().numpy(), found.cpu().numpy()
     order = np.lexsort((result, -similarity), axis=1)
     return np.take_along_axis(similarity, order, 1), np.take_along_axis(result, order, 1)

@@ -197,6 +197,7 @@ def test_torch_finds_what_faiss_finds(seed, size, k, tied):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "BLOCK_ROWS", 16)
         patch.setattr(search, "BLOCK_QUERIES", 2)
+        patch.setattr(search, "KEPT_QUERIES", 2)
         similarity, ids = search.Exact.of(index, "cpu").search(queries, k)
     theirs, their_ids = index.search(queries, k)
     np.testing.assert_allclose(similarity[ids >= 0], theirs[ids >= 0], atol=1e-6)
