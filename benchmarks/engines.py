@@ -4,10 +4,10 @@
     python benchmarks/engines.py --parity   # not speed: do both give the same answers? With the example's trained model
     python benchmarks/engines.py --tiny     # both on any CPU: shows that it runs, and nothing else
 
-Rounds, references, lengths and photographs are those of `answers.py`, and so is the work: the stages `answer` and `reanswer` as
-they run in a job, which hand out their rows in slices. Both engines get the same requests; random weights would ramble, so that
-each answer is stopped at its kind's length. "One call" is the same requests in a single call, with all caches emptied before:
-what the engine does without the stage around it.
+Rounds, references, lengths and photographs are those of `answers.py` (see `mix.py`), and so is the work: the stages `answer`
+and `reanswer` as they run in a job, which hand out their rows in slices; here they run to their end, ramp and all. Both engines
+get the same requests; random weights would ramble, so that each answer is stopped at its kind's length. "One call" is the same
+requests in a single call, with all caches emptied before: what the engine does without the stage around it.
 
 vLLM goes first and ends before surf's engine is loaded, since either one wants the GPU for itself. Its weights are random too,
 but other ones.
@@ -22,6 +22,7 @@ from typing import Any
 
 import answers
 import llava
+import mix
 from answers import Bench, Sizes, Stage
 from common import machine, table
 
@@ -63,10 +64,10 @@ def forget(model: Any) -> None:
 def measure(bench: Bench, work: Stage, images: int, fixed: int | None) -> tuple[float, float, int]:
     """(answers a second by the stage, and in one call; their number)."""
     few = max(min(images, 6), images // 4)
-    work(few, 1, fixed)  # shapes are recorded, functions compiled, caches full of other images
-    seconds, requests = answers._timed(lambda: work(images, 2, fixed))
+    work(few, 1, fixed, None)  # shapes are recorded, functions compiled, caches full of other images
+    requests, seconds, _ = work(images, 2, fixed, None)
     forget(bench.model)
-    limit = fixed or 100
+    limit = fixed or mix.LONGEST
     alone, _ = answers._timed(lambda: bench.model.respond(requests, max_new_tokens=limit))
     return len(requests) / seconds, len(requests) / alone, len(requests)
 
