@@ -95,6 +95,8 @@ def _turns(wrong: Sequence[Row], left: Callable[[_Round], bool], size: int) -> I
         lot = [one for one in lots[number % 2] if left(one)]
         while len(lot) <= size // 2 and (more := next(coming, None)):
             lot += [one for one in map(_Round, more) if left(one)]
+            if lot:  # one slice a turn: the time until the next one is asked for tells how long that may be
+                break
         lots[number % 2] = lot
         if not any(lots):
             return

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from surf import config, prompts, store
+from surf import cli, config, prompts, store
 from surf.answer import answer
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, lvlm, sampling
 from surf.prompts import Reference
-from surf.reanswer import Judge, reanswer
+from surf.reanswer import Judge, _turns, reanswer
 from surf.shards import stable_hash
 
 
@@ -278,6 +278,17 @@ def test_a_reference_that_vanished_goes_to_quarantine_and_the_next_is_asked(tmp_
         hidden.write_bytes(data)
     assert sorted(errors) == ["c0#0#1", "c2#0#1"]
     assert sorted({row["rank"] for row in store.rows(table)}) == [0, 2, 3, 4, 5]
+
+
+def test_the_first_turns_of_reanswers_are_short():
+    """A slow model must not work for long before it saves for the first time."""
+    turns = _turns([{"round_id": f"c{n}#0"} for n in range(5000)], lambda one: one.rank < 3, 4096)
+    sizes = []
+    for lot in turns:
+        sizes.append(len(lot))
+        for one in lot:
+            one.rank += 1
+    assert sizes[0] <= cli.FIRST_SLICE and sizes[1] <= 4 * cli.FIRST_SLICE and sum(sizes) == 3 * 5000
 
 
 @pytest.mark.parametrize("stop_early", [True, False])
