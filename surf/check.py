@@ -244,10 +244,9 @@ def _disk(report: Report, cfg: config.Config, made: plan.Plan) -> None:
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     free, needed = shutil.disk_usage(existing).free, max(0, made.disk_bytes - there)
     text = f"{plantable.size(needed)} more at most, {plantable.size(free)} free at {cfg.results}"
-    if needed > free:
-        report.wrong("disk", f"{text}; next: another results folder, or room in this one")
-    else:
-        report.ok("disk", text)
+    if needed <= free:
+        return report.ok("disk", text)
+    report.wrong("disk", f"{text}; next: another results folder, or room in this one")
 
 
 # --- details ----------------------------------------------------------------------------------------------------------
@@ -342,8 +341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{plantable.table(made, args.gpus)}")
         if args.json:
             store.write_json(args.json, plantable.as_json(made, args.gpus))
-    wrong, warnings = report.counts["WRONG"], report.counts["warning"]
-    print(f"\n{wrong} wrong, {warnings} warnings, {report.counts['ok']} in order")
+    wrong = report.counts["WRONG"]
+    print(f"\n{wrong} wrong, {report.counts['warning']} warnings, {report.counts['ok']} in order")
     return 1 if wrong else 0
 
 

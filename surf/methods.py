@@ -32,7 +32,7 @@ class Method(Section):
     show: Literal["both", "caption", "image"] = Field(default="both", description="What is shown of a reference.")
     say: str = Field(
         default="",
-        description="A line put behind each question that has references: is it enough to tell the model to leave out wrong ones?",
+        description="A line behind each question that has references: is it enough to tell the model to leave out wrong ones?",
     )
     gate: Share | None = Field(
         default=None,
@@ -56,7 +56,8 @@ class Method(Section):
     @model_validator(mode="after")
     def _makes_sense(self) -> "Method":
         choosing = [key for key in ("rerank", "keep", "gate") if getattr(self, key) is not None]
-        changed = [key for key in ("source", "order", "show", "say") if getattr(self, key) != type(self).model_fields[key].default]
+        known = type(self).model_fields
+        changed = [key for key in ("source", "order", "show", "say") if getattr(self, key) != known[key].default]
         if not self.references and choosing + changed:
             raise ValueError(f"evaluate.methods: {', '.join(choosing + changed)} without references")
         if self.source != "retrieved" and set(choosing) & {"rerank", "keep"}:

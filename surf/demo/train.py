@@ -267,8 +267,7 @@ def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model: Any = BertForMaskedLM(config)
-    model.to(recipe.device)
+    model: Any = BertForMaskedLM(config).to(recipe.device)  # type: ignore[arg-type]
     rng = random.Random(f"bert:{recipe.seed}:{recipe.rank}" if recipe.rank else f"bert:{recipe.seed}")
 
     def text() -> str:
