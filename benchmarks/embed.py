@@ -30,10 +30,10 @@ from surf.models import clip, jpeg, pipeline
 from surf.telemetry import Meter
 
 DISTINCT = 500  # different drawings; more images repeat them under other names
-HALF = "half gpu"  # decode: gpu, gpu_share: 0.5
-WAYS = [  # embed.decode, embed.precision, embed.compile
-    (HALF, "bf16", "default"),
-    (HALF, "fp8", "default"),
+WAYS = [  # embed.decode (behind embed.gpu_share in per cent), embed.precision, embed.compile
+    ("30% gpu", "bf16", "default"),
+    ("30% gpu", "fp8", "default"),
+    ("50% gpu", "fp8", "default"),
     ("draft", "bf16", "default"),
     ("draft", "fp8", "default"),
     ("exact", "bf16", "default"),
@@ -68,8 +68,9 @@ def main() -> None:
 
         def options(decode: str, precision: str, compile: str) -> config.Embed:
             words = {key: getattr(args, key) for key in ("model", "pretrained", "batch_size", "workers")}
-            share = 0.5 if decode == HALF else 1.0
-            return config.Embed(**words, decode=decode.split()[-1], gpu_share=share, precision=precision, compile=compile)
+            share, _, kind = decode.rpartition(" ")
+            words["gpu_share"] = float(share.rstrip("%")) / 100 if share else 1.0
+            return config.Embed(**words, decode=kind, precision=precision, compile=compile)
 
         @functools.cache
         def loaded(precision: str) -> clip.Clip:
