@@ -5,7 +5,7 @@ results, so that Snakemake reruns it. `surf.describe` makes the documentation of
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -108,6 +108,7 @@ class Reanswer(Section):
 class Score(Section):
     """The judges: what counts as right, and how much better counts as better."""
 
+    version: ClassVar[int] = 2
     judge: Literal["answer", "loglik"] = Field(
         default="answer",
         description="answer: judge texts by task. loglik: gain in log-likelihood of the gold answer.",

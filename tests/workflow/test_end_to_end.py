@@ -178,10 +178,7 @@ def test_five_shards_give_the_same_pairs_and_the_same_answers(finished, tmp_path
     other = Workflow(tmp_path_factory.mktemp("five"), methods=METHODS)
     other.run("pairs", *PROFILE, "--config", 'shards={"corpus": 5, "rounds": 5}')
     ours, theirs = finished.folder / "results", other.folder / "results"
-    pairs = [store.rows(store.read_table(folder / "pairs.parquet", "pairs")) for folder in (ours, theirs)]
-    gains = [[row[kind].pop("gain") for row in rows for kind in ("positive", "negative") if row[kind]] for rows in pairs]
-    assert pairs[0] == pairs[1]
-    assert gains[0] == pytest.approx(gains[1], abs=1e-5)  # the last digits of BERTScore depend on the texts of its batch
+    assert (theirs / "pairs.parquet").read_bytes() == (ours / "pairs.parquet").read_bytes()
     assert (theirs / "pairs.json").read_bytes() == (ours / "pairs.json").read_bytes()
     for dataset in ("answers", "reanswers", "neighbors"):
         tables = [store.rows(store.read_table(folder / dataset / "_manifest.json", dataset)) for folder in (ours, theirs)]
