@@ -7,7 +7,6 @@ slice is full-size is timed from the model's first batch on.
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,8 @@ class Saves(store.Partial):
             raise TimeUp
 
     def steady(self) -> tuple[list[dict[str, Any]], float, int]:
-        """See the function."""
-        return steady(self.made, self.begun or 0.0, self.full)
-
-
-def steady(saves: Sequence[Save], begun: float, full: int) -> tuple[list[dict[str, Any]], float, int]:
-    """(rows, seconds, full-size slices among them) of the steady state; all rows and no slice where there was none.
-
-    Args:
-        begun: when the model began with the first slice.
-        full: rows of the smallest slice that counts as full-size.
-    """
-    large = [number for number, (_, rows) in enumerate(saves) if len(rows) >= full]
-    first, last = (large[0], large[-1]) if large else (0, len(saves) - 1)
-    start = saves[first - 1][0] if first else begun
-    return [row for _, rows in saves[first : last + 1] for row in rows], saves[last][0] - start, len(large)
+        """(rows, seconds, full-size slices among them) of the steady state; all rows and no slice where there was none."""
+        large = [number for number, (_, rows) in enumerate(self.made) if len(rows) >= self.full]
+        first, last = (large[0], large[-1]) if large else (0, len(self.made) - 1)
+        start = self.made[first - 1][0] if first else self.begun or 0.0
+        return [row for _, rows in self.made[first : last + 1] for row in rows], self.made[last][0] - start, len(large)

@@ -15,7 +15,7 @@ from surf.sections import Section
 
 HEAD = """# Config
 
-Every key of `config.yaml`. Made by `python -m surf.describe keys > docs/config.md`; edit the descriptions in `surf/config.py`.
+Every key of `config.yaml`. Made by `python -m surf.describe keys > docs/config.md` from `surf/config.py` and its sections.
 
 A change of a key reruns its stage, unless it is marked *knob* (speed and places only) or *workflow* (read by the Snakefile).
 """

@@ -59,7 +59,7 @@ class Lvlm(Section):
     compile: bool = Field(
         json_schema_extra=KNOB,
         default=True,
-        description="On a GPU, compile norms and feed-forward blocks to answer faster; takes seconds at the start of a job.",
+        description="On a GPU, compile norms, activations and rotary positions to answer faster; takes seconds, once a job.",
     )
     parity_prompts: int = Field(
         json_schema_extra=KNOB,

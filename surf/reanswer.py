@@ -84,7 +84,7 @@ class _Round:
 
 
 def _turns(wrong: Sequence[Row], left: Callable[[_Round], bool], size: int) -> Iterator[list[_Round]]:
-    """Rounds of one turn after the other, about `size` of them, until none has anything `left`.
+    """Rounds of one turn after the other, about `size` of them (fewer at first), until none has anything `left`.
 
     Rounds that are done make room for the next ones, so that turns stay full. There are two lots, which take turns by turns:
     `workers.lanes` has two slices at work, and a lot's next turn must wait for its last one.

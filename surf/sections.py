@@ -1,4 +1,4 @@
-"""What every section of the config is made of; the sections themselves stand in `config`, `methods` and `training.settings`."""
+"""What every section of the config is made of. They stand in `config`, `modelsettings`, `methods` and `training.settings`."""
 
 from typing import Annotated, ClassVar
 

@@ -30,7 +30,7 @@ from surf.schemas import KEYS, SCHEMAS, with_dim
 
 MANIFEST = "_manifest.json"
 # Numbers of embeddings hardly repeat: dictionaries of them make reading ten times slower, and no file smaller. Their statistics
-# take a third of the time of writing. Bytes of equal weight side by side are written faster, and are a tenth smaller.
+# take a third of the time of writing. Bytes of equal weight side by side are written faster, and are somewhat smaller.
 ENCODINGS: dict[str, dict[str, Any]] = {
     "embeddings": {
         "use_dictionary": False,

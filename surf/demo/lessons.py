@@ -160,8 +160,8 @@ class Rows:
 
 @dataclass
 class Row:
-    """One packed row. ids, segment (0 = prefix), position, weight, kind (a place in KINDS): [length]; weight > 0 marks tokens
-    to predict."""
+    """One packed row. ids, segment (0 = prefix), position, weight, kind (of an answer's tokens, a place in KINDS): [length];
+    weight > 0 marks tokens to predict."""
 
     ids: list[int]
     segment: list[int]
@@ -186,22 +186,21 @@ def pack(
         ids = list(encode(part)) + ([IMAGE] * patches if images and number < len(parts) - 1 else [])
         _extend(row, ids, 0, 0.0, len(row.ids))
     start = len(row.ids)
-    row.kind.extend([0] * (start - 1))
     for number, one in enumerate(rounds, start=1):
         asked = encode(f"\n{one.text} ASSISTANT:")
         answer = (*encode(f" {one.answer}"), EOS)
         _extend(row, asked, number, 0.0, start)
-        _extend(row, answer, number, CAPTION_WEIGHT if one.kind == "caption" else 1.0, start + len(asked))
-        kind = KINDS.index(one.kind) if one.kind in KINDS else 0
-        row.kind.extend([kind] * (len(row.ids) - len(row.kind)))
+        weight = CAPTION_WEIGHT if one.kind == "caption" else 1.0
+        _extend(row, answer, number, weight, start + len(asked), KINDS.index(one.kind) if one.kind in KINDS else 0)
     return row
 
 
-def _extend(row: Row, ids: Any, segment: int, weight: float, position: int) -> None:
+def _extend(row: Row, ids: Any, segment: int, weight: float, position: int, kind: int = 0) -> None:
     row.ids.extend(ids)
     row.segment.extend([segment] * len(ids))
     row.position.extend(range(position, position + len(ids)))
     row.weight.extend([weight] * len(ids))
+    row.kind.extend([kind] * len(ids))
 
 
 def sample_rounds(scene: Scene, rng: random.Random) -> list[q.Round]:

@@ -209,10 +209,8 @@ class Captions:
         chosen = rng.sample(range(len(self.bank)), size * 3 // 4)
         picked = [3 * number + rng.randrange(2) for number in chosen]
         picked += [3 * number + 2 for number in chosen[: size // 4]]
-        shown = (self.bank[index // 3] for index in picked)
-        captions = [
-            q.caption(one.other if index % 3 == 2 else one.scene, rng) for one, index in zip(shown, picked, strict=True)
-        ]
+        shown = (self.bank[i // 3].other if i % 3 == 2 else self.bank[i // 3].scene for i in picked)
+        captions = [q.caption(scene, rng) for scene in shown]
         ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
         return torch.tensor(picked), ids[:, : int((ids != tokens.PAD).sum(1).max())]
 

@@ -161,7 +161,7 @@ def vision_features(model: Any, pixels: Any, batch: int = 512) -> Any:
 def train(model: Any, bank: Any, pixels: Any, tokenizer: Any, recipe: Any) -> None:
     """Warm up on captions alone, then train on images with and without references; the vision tower stays frozen.
 
-    bank: see Rows; pixels: uint8 [3 * scenes, size, size, 3].
+    bank: see `lessons.Bank`; pixels: uint8 [3 * scenes, size, size, 3].
     """
     rng = random.Random(f"lvlm:{recipe.seed}")
     decoder = model.model.language_model
