@@ -28,6 +28,7 @@ import yaml
 from experiment_tables import Cell
 
 from surf.demo.questions import LEAVE_OUT
+from surf.demo.recipes import retriever_of
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "surf" / "demo" / "models"
@@ -38,11 +39,13 @@ VARIANTS: dict[str, dict[str, Any]] = {  # in every cell
     "sft": {"pair": {"rounds": "both", "mix": {"no_reference": 1.0}}},  # the questions that SURf learns from
     "positives-only": {"pair": {"rounds": "both", "mix": {"positive_only": 1.0}}},
     "mixed": {"pair": {"mix": {"positive_only": 0.15, "negative_only": 0.25, "no_reference": 0.15}}},
+    "harmed": {"pair": {"harmed": 0.5}},
 }
 EXTRA_VARIANTS: dict[str, dict[str, Any]] = {  # at MAIN_SHARE
     "fixed-order": {"pair": {"order": "positive_first"}},
     "random-negatives": {"pair": {"negatives": "random"}},
     "verdict": {"finetune": {"verdict": True}},
+    "sft-harmed": {"pair": {"rounds": "both", "harmed": 0.5, "mix": {"no_reference": 1.0}}},
     **{f"pairs-{size}": {"pair": {"samples": size}} for size in (250, 500, 1000, 4000)},
 }
 METHODS: dict[str, dict[str, Any]] = {  # in every cell, beside one for each variant
@@ -59,7 +62,7 @@ EXTRA_METHODS: dict[str, dict[str, Any]] = {
     "caption-only": {"model": "tuned", "references": 2, "show": "caption"},
     "image-only": {"model": "tuned", "references": 2, "show": "image"},
 }
-SWEEPS = {"of": ["vanilla-rag", "surf"], "k": [1, 4], "source": ["random", "oracle", "adversarial"], "order": ["reversed"]}
+SWEEPS = {"of": ["vanilla-rag", "surf", "harmed"], "k": [1, 4], "source": ["random", "oracle", "adversarial"], "order": ["reversed"]}
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
     methods = {**METHODS, **(EXTRA_METHODS if extra else {})}
     if not full:
         methods = {name: methods[name] for name in ("zero-shot", "vanilla-rag", "surf")}
-    methods |= {name: {"model": name, "references": 0 if name == "sft" else 2} for name in variants}
+    methods |= {name: {"model": name, "references": 0 if name.startswith("sft") else 2} for name in variants}
     pope = {"kind": "pope", "files": {name: f"{world}/pope/coco_pope_{name}.json" for name in SPLITS}, "max_new_tokens": 4}
     return {
         "results": "results",
@@ -109,7 +112,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
         "images": {"roots": [f"{world}/images.parquet"]},
         "shards": {"corpus": scale.shards, "rounds": scale.shards},
         "catalog": {"captions": [f"{world}/corpus-{cell.share:g}.json"]},
-        "embed": {"model": f"local-dir:{models}/clip", "pretrained": None, "workers": 2},
+        "embed": {"model": f"local-dir:{retriever_of(models)}", "pretrained": None, "workers": 2},
         "split": {"conversations": [f"{world}/sft.json"], "limit": scale.limit * (1 + extra)},
         "lvlm": {  # not compiled: its jobs are shorter than that would take
             "model": f"{models}/lvlm",
@@ -120,7 +123,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
         },
         "answer": {"max_new_tokens": scale.max_new_tokens, "gold_loglik": not full},
         "retrieve": {"references": 6, "max_similarity": 1.0},
-        "reanswer": {"references": 6},
+        "reanswer": {"references": 6, "right_share": 0.2},
         "score": {
             "judge": cell.labels,
             "bertscore_model": f"{models}/bert",
@@ -132,7 +135,9 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
         "finetune": {
             "learning_rate": scale.learning_rate,
             "zero_stage": 0,
+            "accumulation": 4,  # 62 steps for 2,000 pairs: more of them make a model that is tuned on its errors unlearn
             **{"gradient_checkpointing": False, "packing": False},  # at this size every launch counts
+            "compile": False,  # a fine-tune takes less time than that
             "workers": 2 if scale.dtype == "bfloat16" else 0,
             "save_steps": 100_000,  # it takes less time to train again
         },

@@ -242,6 +242,7 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import Trainer
+    from transformers.trainer_utils import SaveStrategy
 
     begin = time.monotonic()
     world, plain, cuda = int(os.environ["WORLD_SIZE"]), name == PLAIN, torch.cuda.is_available()
@@ -250,6 +251,7 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
     finetune = config.Finetune(**options, **SWITCHES[name])
     # DeepSpeed's settings must be there before the model is
     settings = arguments(Path(plan["scratch"]) / "run", 0, finetune, lvlm)
+    settings.save_strategy = SaveStrategy.NO  # the plain Trainer saves at its end: 81 GB
     _, whole = llava.processor_and_config(plan["tiny"])
     # under ZeRO-3 each process makes its share of the weights; else they are made where they shall be
     model = llava.model(whole, network.dtype(settings), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None)

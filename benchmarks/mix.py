@@ -73,7 +73,7 @@ def lengths(rows: Iterable[Row], ranks: Sequence[int]) -> dict[int, int]:
 
 def wrong_ones(rows: Iterable[Row]) -> list[Row]:
     """The rounds that were answered wrongly at first, as `reanswer` takes them."""
-    return [{**row, "base": 0.0} for row in rows if stable_hash("wrong", row["round_id"]) % 1000 < 1000 * WRONG]
+    return [{**row, "base": 0.0, "right": False} for row in rows if stable_hash("wrong", row["round_id"]) % 1000 < 1000 * WRONG]
 
 
 def at_all_ranks(wrong: Iterable[Row]) -> list[Row]:

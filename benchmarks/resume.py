@@ -1,7 +1,7 @@
 """A full-size fine-tune under ZeRO-3 that is killed and goes on: the loss curve must go on as well.
 
 python benchmarks/resume.py [--gpus 2] [--batch 4] [--steps 32] [--save 20] [--kill 24] [--layers N] [--folder FOLDER]
-                            [--seconds S] [--out FOLDER] [--tiny]
+                            [--method full] [--seconds S] [--out FOLDER] [--tiny]
 
 LLaVA-1.5-7B with random weights, the stage's own command line. After step `--kill` all processes get SIGKILL, as from a node
 that fails; the same command is then started again. The figure shows the loss before the kill, and after it from the checkpoint
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--save", type=int, default=20, help="steps between two checkpoints")
     parser.add_argument("--kill", type=int, default=24, help="step after which all processes are killed")
     parser.add_argument("--layers", type=int, help="layers of the language model, if not all 32")
+    parser.add_argument("--method", default="full", choices=("full", "lora", "qlora"), help="the last two under ZeRO-2")
     parser.add_argument("--folder", type=Path, help="where a new folder for model and checkpoints is made")
     parser.add_argument("--seconds", type=float, default=1e5, help="end after so many seconds")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of resume.svg, resume.json and resume.log")
@@ -62,8 +63,10 @@ def compare(args: argparse.Namespace, folder: Path, clock: "_Clock") -> None:
     call = f"import llava, pathlib; llava.write(pathlib.Path({str(folder)!r}), {what})"
     subprocess.run([sys.executable, "-c", call], cwd=Path(__file__).parent, check=True)
     clock.say("the model is written")
+    stage = 3 if args.method == "full" else 2
+    how = {"method": args.method, "zero_stage": stage, "processes": args.gpus, "batch_size": batch}
     sections = {
-        "finetune": config.Finetune(processes=args.gpus, batch_size=batch, epochs=1, save_steps=args.save, learning_rate=1e-5),
+        "finetune": config.Finetune(**how, epochs=1, save_steps=args.save, learning_rate=1e-5),
         "lvlm": config.Lvlm(model=str(folder / "base"), dtype="float32" if args.tiny else "bfloat16"),
         "images": config.Images(roots=[str(folder / "images")]),
     }
@@ -82,7 +85,7 @@ def compare(args: argparse.Namespace, folder: Path, clock: "_Clock") -> None:
     both = sorted(before.keys() & after.keys())
     written = folder / "model" / "model.json"
     trained = f", {json.loads(written.read_text())['trainable_parameters']:,} parameters trained" if written.exists() else ""
-    print(f"{common.machine()}; {args.gpus} processes, ZeRO-3, batch {batch} a process{trained}\n")
+    print(f"{common.machine()}; {args.gpus} processes, {args.method}, ZeRO-{stage}, batch {batch} a process{trained}\n")
     rows = [
         ["steps", max(after, default=0)],
         ["killed after step", max(before, default=0)],
@@ -91,6 +94,7 @@ def compare(args: argparse.Namespace, folder: Path, clock: "_Clock") -> None:
         ["largest difference of their losses", max((abs(before[step] - after[step]) for step in both), default=0.0)],
         ["loss at the first and the last step", f"{before.get(1, 0):.4f}, {after[max(after)]:.4f}" if after else ""],
         ["checkpoint, GB", size / 1e9],
+        ["last step", (args.out / "resume.log").read_text().rpartition(" step ")[2].partition("\n")[0]],
         ["seconds: model written; killed; all", ", ".join(f"{one:.0f}" for one in clock.marks)],
         ["the model has been written", "yes" if written.exists() else "no, time was over"],
     ]

@@ -97,11 +97,16 @@ class Retrieve(Section):
 
 
 class Reanswer(Section):
-    """Answers to the wrongly answered rounds, once with each reference, in order of similarity."""
+    """Answers to the wrongly answered rounds, and to some others, once with each reference, in order of similarity."""
 
     references: Positive = Field(default=10, le=100, description="References tried for a round, at most.")
     stop_early: bool = Field(
         default=True, description="Leave a round as soon as one positive and one negative reference are found."
+    )
+    right_share: Share = Field(
+        default=0.2,
+        description="Of the rightly answered rounds this share, drawn by the seed, is asked again as well, for pair.harmed."
+        " The paper's method: 0.",
     )
 
 
@@ -156,6 +161,11 @@ class Pair(Section):
         default="any",
         description="Rounds that samples of other kinds come from. both: only those with a positive and a negative, so that all"
         " mixes are made of the same questions.",
+    )
+    harmed: Share = Field(
+        default=0.5,
+        description="This share of the samples, of every kind, is made of rounds that are answered rightly without references."
+        " Their negative makes the answer wrong. Needs reanswer.right_share. The paper's method: 0.",
     )
     mix: Mix = Field(default=Mix(), description="Shares of other kinds of samples.")
 
@@ -230,6 +240,10 @@ class Config(BaseModel):
                 )
             if method.source != "random" and method.references > self.retrieve.references:
                 raise ValueError(f"evaluate.methods.{name}.references must not exceed retrieve.references")
+        pairs = {"pair": self.pair, **{f"variants.{name}.pair": self.variant(name)[0] for name in self.variants}}
+        for name, pair in pairs.items():
+            if pair.harmed and not self.reanswer.right_share:
+                raise ValueError(f"{name}.harmed: needs reanswer.right_share above 0: else only wrong rounds are asked again")
         if self.score.judge == "loglik" and not self.answer.gold_loglik:
             raise ValueError("score.judge: loglik needs answer.gold_loglik: true")
         return self

@@ -7,6 +7,7 @@ the columns of one shard, however many rounds there are.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from surf.errors import SurfError
 Row = dict[str, Any]
 DATASETS = ("rounds", "scores/answers", "scores/reanswers", "neighbors")
 # columns that are read; rounds are read whole, because samples are made of them
-COLUMNS = (None, ["round_id", "score"], ["round_id", "rank", "metric", "score", "correct"], None)
+COLUMNS = (None, ["round_id", "score", "correct"], ["round_id", "rank", "metric", "score", "correct"], None)
 
 
 class Labelled(NamedTuple):
@@ -30,6 +31,7 @@ class Labelled(NamedTuple):
     positive: np.ndarray  # in `scores/reanswers`: the most similar positive reference
     negative: np.ndarray
     gains: np.ndarray  # of every row of `scores/reanswers` over its round's first answer, float64
+    right: np.ndarray  # bool: the first answer was right
 
 
 def gather(
@@ -42,7 +44,8 @@ def gather(
         order: of a round's id; of each kind the first `limit` rounds by (order, id) are kept.
 
     Returns:
-        (rows of `rounds`, each with "positive" and "negative": {image_id, similarity, gain} or None; counts of the kinds)
+        (rows of `rounds`, each with "positive" and "negative": {image_id, similarity, gain} or None, and whether its first
+        answer was "right"; counts of the kinds)
     """
     pools: dict[str, list[tuple[int, str, Row]]] = {}
     counts: Counter[str] = Counter()
@@ -50,15 +53,15 @@ def gather(
         rounds, first, again, near = map(store.read_table, shard, DATASETS, COLUMNS)
         found = label(rounds, first, again, judge)
         ids = rounds["round_id"].take(pa.array(found.rounds)).to_pylist()
-        for positive in (True, False):
-            for negative in (True, False):
-                kind = f"positive {positive}, negative {negative}"
-                members = np.flatnonzero(((found.positive >= 0) == positive) & ((found.negative >= 0) == negative))
-                best = heapq.nsmallest(limit, ((order(ids[member]), ids[member], member) for member in members.tolist()))
-                rows = rows_of(found, np.array([member for _, _, member in best], np.int64), rounds, again, near)
-                fresh = [(key, round_id, row) for (key, round_id, _), row in zip(best, rows, strict=True)]
-                pools[kind] = heapq.nsmallest(limit, [*pools.get(kind, []), *fresh])
-                counts[kind] += len(members)
+        for right, positive, negative in product((False, True), (True, False), (True, False)):
+            kind = f"positive {positive}, negative {negative}" + ", right without" * right
+            same = (found.right == right) & ((found.positive >= 0) == positive) & ((found.negative >= 0) == negative)
+            members = np.flatnonzero(same)
+            best = heapq.nsmallest(limit, ((order(ids[member]), ids[member], member) for member in members.tolist()))
+            rows = rows_of(found, np.array([member for _, _, member in best], np.int64), rounds, again, near)
+            fresh = [(key, round_id, row) for (key, round_id, _), row in zip(best, rows, strict=True)]
+            pools[kind] = heapq.nsmallest(limit, [*pools.get(kind, []), *fresh])
+            counts[kind] += len(members)
     return [row for pool in pools.values() for _, _, row in pool], +counts
 
 
@@ -72,19 +75,21 @@ def label(rounds: pa.Table, first: pa.Table, again: pa.Table, judge: config.Scor
         SurfError: a re-answered round is not among the rounds, or has no first answer.
     """
     row = _find(again["round_id"], rounds["round_id"], "rounds")
-    base = first["score"].to_numpy()[_find(again["round_id"], first["round_id"], "scores/answers")].astype(np.float64)
+    before = _find(again["round_id"], first["round_id"], "scores/answers")
+    base = first["score"].to_numpy()[before].astype(np.float64)
+    right = first["correct"].cast(pa.int8()).fill_null(0).to_numpy()[before] == 1
     scores = again["score"].to_numpy().astype(np.float64)
     metrics = again["metric"].combine_chunks().dictionary_encode()
     names = np.array(metrics.dictionary.to_pylist(), np.str_)[metrics.indices.to_numpy()]
-    kinds = score.labels(names, scores, again["correct"].cast(pa.int8()).fill_null(-1).to_numpy(), base, judge)
+    kinds = score.labels(names, scores, again["correct"].cast(pa.int8()).fill_null(-1).to_numpy(), base, right, judge)
     order = np.lexsort((again["rank"].to_numpy(), row))
-    asked = np.unique(row)
+    asked, firsts = np.unique(row, return_index=True)
     positive, negative = (_first(asked, row[order], order, kinds[order] == kind) for kind in (1, 0))
-    return Labelled(asked, positive, negative, scores - base)
+    return Labelled(asked, positive, negative, scores - base, right[firsts])
 
 
 def rows_of(found: Labelled, which: np.ndarray, rounds: pa.Table, again: pa.Table, near: pa.Table) -> list[Row]:
-    """Rows of `rounds` with "positive", "negative": {image_id, similarity, gain} or None.
+    """Rows of `rounds` with "right", and "positive", "negative": {image_id, similarity, gain} or None.
 
     Args:
         which: numbers into the arrays of `found`.
@@ -95,6 +100,8 @@ def rows_of(found: Labelled, which: np.ndarray, rounds: pa.Table, again: pa.Tabl
     rows = store.rows(rounds.take(pa.array(found.rounds[which])))
     near = near.filter(pc.is_in(near["query_id"], value_set=pa.array({row["image"] for row in rows}, pa.string())))
     places = {(place["query_id"], place["rank"]): place for place in store.rows(near)}
+    for row, right in zip(rows, found.right[which].tolist(), strict=True):
+        row["right"] = right
     for name, numbers in (("positive", found.positive[which]), ("negative", found.negative[which])):
         ranks = again["rank"].take(pa.array(numbers, mask=numbers < 0)).to_pylist()
         for row, rank, number in zip(rows, ranks, numbers.tolist(), strict=True):

@@ -28,14 +28,30 @@ DRAWS = 1000  # of a random negative, before the corpus is held to be too small
 def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row]:
     """At most `options.samples` training samples, in an order drawn by the seed, mixed as `options.mix` says.
 
+    The share `options.harmed` of them comes from rounds that are right without references, mixed likewise, and is kept where
+    there are few of the others; too few of such rounds are logged.
+
     pair: rounds with both kinds. positive_only and negative_only: rounds with just that kind first, then rounds with both
     that no pair uses. no_reference: any labelled round that is left. Too few of a kind is logged, never filled up with another.
     """
+    harmed = round(options.samples * options.harmed)
+    chosen = _choose([row for row in labelled if not row["right"]], options.samples - harmed, options, seed)
+    if options.harmed < 1:
+        harmed = min(harmed, round(len(chosen) * options.harmed / (1 - options.harmed)))
+    if harmed:
+        more = _choose([row for row in labelled if row["right"]], harmed, options, seed)
+        if len(more) < harmed:
+            log.warning("pair.harmed: %d of %d samples of rightly answered rounds to be had", len(more), harmed)
+        chosen += more
+    return sorted(chosen, key=lambda row: (stable_hash(seed, "order", row["round_id"]), row["round_id"]))
+
+
+def _choose(labelled: Sequence[Row], total: int, options: config.Pair, seed: int) -> list[Row]:
+    """At most `total` samples of these rounds, mixed as `options.mix` says."""
     ordered = sorted(labelled, key=lambda row: (order(row["round_id"], seed), row["round_id"]))
     mix = options.mix
     both = [row for row in ordered if row["positive"] and row["negative"]]
     rest = 1 - mix.positive_only - mix.negative_only - mix.no_reference
-    total = options.samples
     if options.rounds == "both":
         ordered = both
         total = min(total, len(both))
@@ -55,7 +71,7 @@ def choose(labelled: Sequence[Row], options: config.Pair, seed: int) -> list[Row
             log.warning("pair.mix: %d of %d samples of kind %s to be had", len(pool), wanted[kind], kind)
         used |= {row["round_id"] for row in pool}
         chosen += [_sample(row, kind, options, seed) for row in pool]
-    return sorted(chosen, key=lambda row: (stable_hash(seed, "order", row["round_id"]), row["round_id"]))
+    return chosen
 
 
 def order(round_id: str, seed: int) -> int:

@@ -94,11 +94,12 @@ def plan(
 def stages(cfg: Config, data: Data, rates: Rates, rng: np.random.Generator | None, gpus_per_job: int = 1) -> list[Stage]:
     """Every rule with its rows, jobs and inputs. Without `rng` the typical figures, else one draw of what they may be."""
     corpus, rounds = cfg.shards.corpus, cfg.shards.rounds
-    wrong = data.rounds * _share(rates.wrong, rng)
+    wrong = _share(rates.wrong, rng)
+    asked_again = data.rounds * (wrong + (1 - wrong) * cfg.reanswer.right_share)
     asked = rates.asked
     each = _value(asked.draw if asked else None, asked.typical if asked else cfg.reanswer.references, rng)
-    again = wrong * each
-    pairs = wrong * _share(rates.pairs, rng) if rates.pairs else math.inf
+    again = asked_again * each
+    pairs = asked_again * _share(rates.pairs, rng) if rates.pairs else math.inf
     same, whole = True, False
     planned = [
         Stage("catalog", data.pairs, 1, 0),

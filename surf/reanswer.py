@@ -1,9 +1,10 @@
-"""Answers to the wrongly answered rounds of one part, once with each reference alone, in order of similarity.
+"""Answers to the rounds of one part that are asked again, once with each reference alone, in order of similarity.
 
     python -m surf.reanswer --rounds … --scores … --neighbors … --catalog … --out … --quarantine … FLAGS
 
-With `reanswer.stop_early` a round is left as soon as one positive and one negative reference are found: `pair` takes the most
-similar of each kind, which are then the first of each kind, so leaving early changes no pair.
+Those are the wrongly answered rounds, and `reanswer.right_share` of the rightly answered ones: there a reference is negative
+that makes the answer wrong. With `reanswer.stop_early` a round is left as soon as one positive and one negative reference are
+found: `pair` takes the most similar of each kind, which are then the first of each kind, so leaving early changes no pair.
 """
 
 import threading
@@ -19,13 +20,14 @@ from surf import cli, config, prompts, quarantine, score, store, workers
 from surf.answer import respond, unreadable
 from surf.images import Images
 from surf.models import Responder, load_responder
+from surf.shards import stable_hash
 from surf.telemetry import Clock
 
 Row = dict[str, Any]
 
 
 def reanswer(
-    wrong: Sequence[Row],
+    again: Sequence[Row],
     references: Mapping[str, Sequence[tuple[int, prompts.Reference]]],
     responder: Responder,
     images: Images,
@@ -37,16 +39,16 @@ def reanswer(
     options: config.Reanswer,
     seed: int,
 ) -> tuple[pa.Table, dict[str, str]]:
-    """Responses to every wrong round with its references.
+    """Responses to every round with its references.
 
     Args:
-        wrong: rows of `rounds`, each with the score of its first answer under the key "base".
+        again: rows of `rounds`, each with its first answer's score under "base", and whether that was "right".
         references: image name to its (image id, reference) list, most similar first.
 
     Returns:
-        (table with the columns of `reanswers`, in the order of `wrong` and rank; {"round_id#rank": error})
+        (table with the columns of `reanswers`, in the order of `again` and rank; {"round_id#rank": error})
     """
-    own = {row["round_id"] for row in wrong}
+    own = {row["round_id"] for row in again}
     saved = (row for row in store.rows(partial.read()) if row["round_id"] in own)
     done = {(row["round_id"], row["rank"]): row for row in saved}
     errors: dict[str, str] = {}
@@ -71,9 +73,9 @@ def reanswer(
         limit = min(options.references, len(references.get(one.row["image"], ())))
         return one.rank < limit and not (options.stop_early and {True, False} <= one.kinds)
 
-    for _ in workers.lanes(_turns(wrong, left, answer.flush_rows), turn):
+    for _ in workers.lanes(_turns(again, left, answer.flush_rows), turn):
         pass
-    return in_order(done.values(), wrong), errors
+    return in_order(done.values(), again), errors
 
 
 @dataclass
@@ -83,13 +85,13 @@ class _Round:
     kinds: set[bool | None] = field(default_factory=set)  # of references found so far
 
 
-def _turns(wrong: Sequence[Row], left: Callable[[_Round], bool], size: int) -> Iterator[list[_Round]]:
+def _turns(again: Sequence[Row], left: Callable[[_Round], bool], size: int) -> Iterator[list[_Round]]:
     """Rounds of one turn after the other, about `size` of them (fewer at first), until none has anything `left`.
 
     Rounds that are done make room for the next ones, so that turns stay full. There are two lots, which take turns by turns:
     `workers.lanes` has two slices at work, and a lot's next turn must wait for its last one.
     """
-    coming = cli.chunks(wrong, size, desc="reanswer", unit="round")
+    coming = cli.chunks(again, size, desc="reanswer", unit="round")
     lots: list[list[_Round]] = [[], []]
     for number in count():
         lot = [one for one in lots[number % 2] if left(one)]
@@ -103,9 +105,9 @@ def _turns(wrong: Sequence[Row], left: Callable[[_Round], bool], size: int) -> I
         yield lot
 
 
-def in_order(done: Iterable[Row], wrong: Sequence[Row]) -> pa.Table:
-    """Those of the finished rows that answer one of the rounds `wrong`, in their order and that of the ranks."""
-    place = {row["round_id"]: number for number, row in enumerate(wrong)}
+def in_order(done: Iterable[Row], again: Sequence[Row]) -> pa.Table:
+    """Those of the finished rows that answer one of the rounds `again`, in their order and that of the ranks."""
+    place = {row["round_id"]: number for number, row in enumerate(again)}
     own = [row for row in done if row["round_id"] in place]
     return store.table_of(sorted(own, key=lambda row: (place[row["round_id"]], row["rank"])), "reanswers")
 
@@ -132,20 +134,26 @@ class Judge:
                 [response["gold_loglik"] for _, response in answered],
             )
         return [
-            score.label(metric, value, correct, row["base"], self.options)
+            score.label(metric, value, correct, row["base"], row["right"], self.options)
             for (row, _), (metric, value, correct) in zip(answered, verdicts, strict=True)
         ]
 
 
-def wrong_rounds(rounds: Path, scores: Path) -> list[Row]:
-    """Rounds whose first answer is wrong (not merely undecided), with its score under "base", in the order of `rounds`."""
+def asked_again(rounds: Path, scores: Path, right_share: float, seed: int) -> list[Row]:
+    """Rounds whose first answer is wrong, and a share of those where it is right, in the order of `rounds`.
+
+    Undecided ones are neither. Each has its first answer's score under "base", and whether that was "right".
+    """
     first = {row["round_id"]: row for row in store.rows(store.read_table(scores, "scores/answers"))}
-    wrong = []
+    again = []
     for row in store.rows(store.read_table(rounds, "rounds")):
         judged = first.get(row["round_id"])
-        if judged is not None and judged["correct"] is False:
-            wrong.append({**row, "base": judged["score"]})
-    return wrong
+        if judged is None or judged["correct"] is None:
+            continue
+        drawn = stable_hash(seed, "right", row["round_id"]) % 10**6 < right_share * 10**6
+        if drawn or not judged["correct"]:
+            again.append({**row, "base": judged["score"], "right": judged["correct"]})
+    return again
 
 
 def references_of(neighbors: Path, catalog: Path, limit: int) -> dict[str, list[tuple[int, prompts.Reference]]]:
@@ -180,7 +188,7 @@ def main() -> None:
         extras={"seed": {"type": int, "default": 0}},
     )
     clock = Clock()
-    wrong = wrong_rounds(args.rounds, args.scores)
+    again = asked_again(args.rounds, args.scores, args.reanswer.right_share, args.seed)
     references = references_of(args.neighbors, args.catalog, args.reanswer.references)
     flags = cli.flags(lvlm=args.lvlm, answer=args.answer, reanswer=args.reanswer, score=args.score)
     version = f"{args.reanswer.version}.{args.answer.version}"
@@ -196,13 +204,13 @@ def main() -> None:
     )
     if crew := workers.wanted():
         (found,), errors = workers.lead(crew, [partial], None, desc="reanswer", unit="response")
-        table = in_order(store.rows(found), wrong)
+        table = in_order(store.rows(found), again)
     else:
         images = Images(args.images.roots, args.images.max_pixels, cached=1024)
         responder = load_responder(args.lvlm, images)
         clock.loaded()
         table, errors = reanswer(
-            workers.mine(wrong, lambda row: row["image"]),
+            workers.mine(again, lambda row: row["image"]),
             references,
             responder,
             images,

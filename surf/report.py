@@ -30,7 +30,7 @@ from surf.prompts import Reference
 from surf.reanswer import lookup
 
 # step: the step that its share refers to
-STEPS = {"rounds": "", "answered": "rounds", "wrong": "answered", "reanswered": "wrong"}
+STEPS = {"rounds": "", "answered": "rounds", "wrong": "answered", "reanswered": "answered"}
 STEPS |= {"positive": "reanswered", "negative": "reanswered", "both": "reanswered", "pairs": "both"}
 SHARDED = ("rounds", "answers", "scores/answers", "reanswers", "scores/reanswers")
 TASKS = ("choice", "short", "box", "caption", "open")
@@ -101,8 +101,9 @@ def funnel(inputs: Inputs, score: config.Score) -> Row:
         first = {row["round_id"]: row for row in store.rows(store.read_table(scores, "scores/answers"))}
         labels = defaultdict(set)
         for row in store.rows(store.read_table(rescores, "scores/reanswers")):
-            base = first[row["round_id"]]["score"]
-            labels[row["round_id"]].add(judge.label(row["metric"], row["score"], row["correct"], base, score))
+            before = first[row["round_id"]]
+            found = judge.label(row["metric"], row["score"], row["correct"], before["score"], before["correct"] is True, score)
+            labels[row["round_id"]].add(found)
         reached = {
             "rounds": set(tasks),
             "answered": set(store.read_table(answers, "answers", ["round_id"])["round_id"].to_pylist()),

@@ -164,23 +164,30 @@ def judge(
     return judged
 
 
-def label(metric: str, score: float, correct: bool | None, base: float, options: config.Score) -> bool | None:
+def label(metric: str, score: float, correct: bool | None, base: float, right: bool, options: config.Score) -> bool | None:
     """Did a reference help? True: a positive reference, False: a negative one, None: undecided. See `labels`."""
-    (found,) = labels(np.array([metric]), np.array([score]), np.array([-1 if correct is None else correct]), base, options)
+    judged = np.array([-1 if correct is None else correct])
+    (found,) = labels(np.array([metric]), np.array([score]), judged, base, right, options)
     return None if found < 0 else bool(found)
 
 
 def labels(
-    metrics: np.ndarray, scores: np.ndarray, correct: np.ndarray, bases: np.ndarray | float, options: config.Score
+    metrics: np.ndarray,
+    scores: np.ndarray,
+    correct: np.ndarray,
+    bases: np.ndarray | float,
+    right: np.ndarray | bool,
+    options: config.Score,
 ) -> np.ndarray:
     """Which references helped: int8, 1 for a positive reference, 0 for a negative one, -1 where it is undecided.
 
-    By match and iou a reference is positive if the answer with it is right: the answer without it was wrong, or the round
-    would not be asked again. By bertscore and loglik it must gain, or lose, at least the margin.
+    By match and iou a reference is positive if the answer with it is right, and negative if it is wrong. By bertscore and
+    loglik it must gain, or lose, at least the margin; but where the answer without it was right by bertscore, there is
+    little to gain, and it counts whether the answer with it is right.
 
     Args:
         metrics, scores, correct: judgements of the answers with a reference; correct is 1, 0, or -1 where undecided.
-        bases: scores of the answers without a reference, by the same metric.
+        bases, right: scores of the answers without a reference, by the same metric, and whether those were right.
 
     Raises:
         SurfError: a metric that is not in the table above.
@@ -195,6 +202,7 @@ def labels(
     found = np.full(len(metrics), -1, np.int8)
     found[(gains >= margins) & (gains > 0)] = 1
     found[(gains <= -margins) & (gains < 0)] = 0
+    verdicts |= right & (metrics == "bertscore")
     found[verdicts] = np.asarray(correct, np.int8)[verdicts]
     return found
 

@@ -12,8 +12,11 @@ Row = dict[str, Any]
 def label(
     rounds: Sequence[Row], first: Sequence[Row], again: Sequence[Row], near: Sequence[Row], judge: config.Score
 ) -> Iterator[Row]:
-    """Every re-answered round with its "positive" and "negative" reference or None, from the rows of one shard."""
-    base = {row["round_id"]: row["score"] for row in first}
+    """Every re-answered round with its "positive" and "negative" reference or None, from the rows of one shard.
+
+    "right" says whether its first answer was.
+    """
+    firsts = {row["round_id"]: row for row in first}
     places = {(row["query_id"], row["rank"]): row for row in near}
     judged: dict[str, list[Row]] = {}
     for row in again:
@@ -21,14 +24,15 @@ def label(
     for one in rounds:
         best: dict[bool, Row] = {}
         for row in sorted(judged.get(one["round_id"], ()), key=lambda row: row["rank"]):
-            before = base[one["round_id"]]
-            kind = score.label(row["metric"], row["score"], row["correct"], before, judge)
+            before, right = firsts[one["round_id"]]["score"], firsts[one["round_id"]]["correct"] is True
+            kind = score.label(row["metric"], row["score"], row["correct"], before, right, judge)
             if kind is not None and kind not in best:
                 place = places[one["image"], row["rank"]]
                 gain = row["score"] - before
                 best[kind] = {"image_id": place["image_id"], "similarity": place["similarity"], "gain": gain}
         if one["round_id"] in judged:
-            yield {**one, "positive": best.get(True), "negative": best.get(False)}
+            right = firsts[one["round_id"]]["correct"] is True
+            yield {**one, "right": right, "positive": best.get(True), "negative": best.get(False)}
 
 
 def pick(

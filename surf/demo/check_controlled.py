@@ -31,6 +31,7 @@ from surf import tables
 from surf.demo import controlled
 from surf.demo import questions as q
 from surf.demo.check import View, neighbors, pope_questions, respond, tune
+from surf.demo.recipes import retriever_of
 
 Prompt = tuple[q.Round, list[View]]  # references first, the query view last
 
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     options = controlled.Options(murk=args.murk)
-    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{args.models / 'clip'}")
+    clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{retriever_of(args.models)}")
 
     def load() -> Any:
         network = AutoModelForImageTextToText.from_pretrained(args.models / "lvlm", dtype=torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from surf.demo.draw import STYLES, Style
@@ -24,6 +25,9 @@ class Recipe:
     clip_steps: int = 1200
     clip_batch: int = 128
     clip_rate: float = 2e-3
+    retriever_steps: int = 0  # 0: the CLIP is the retriever
+    retriever_batch: int = 1024  # scenes, three images each
+    retriever_rate: float = 5e-4
     width: int = 96
     layers: int = 3
     head: int = 16
@@ -73,6 +77,7 @@ LARGE = Recipe(
     clip_steps=1200,
     clip_batch=1024,
     clip_rate=1e-3,
+    retriever_steps=3000,
     width=512,
     layers=6,
     head=64,
@@ -88,3 +93,9 @@ LARGE = Recipe(
     bf16=True,
 )
 RECIPES = {"small": Recipe(), "large": LARGE}
+
+
+def retriever_of(models: Path) -> Path:
+    """The CLIP of these trained models that embeds corpus and queries."""
+    found = models / "retriever"
+    return found if found.exists() else models / "clip"

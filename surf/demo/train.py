@@ -142,7 +142,6 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     """
     import torch
     from open_clip.model import CLIP
-    from safetensors.torch import save_file
     from torch.nn import functional
 
     torch.manual_seed(recipe.seed)
@@ -175,8 +174,53 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
         return {"all": contrast + 10 * objects, "contrast": contrast, "objects": objects}
 
     optimize([*model.parameters(), *head.parameters()], loss, recipe.clip_steps, recipe.clip_rate, "clip")
-    if not together.first():
-        return model.eval()
+    if together.first():
+        _save_clip(model, config, tokenizer, recipe, out)
+    return model.eval()
+
+
+def train_retriever(recipe: Recipe, bank: Bank, pixels: Any, clip: Any, tokenizer: Any, out: Path) -> None:
+    """Train the CLIP on to find views of one place, and save it.
+
+    Half of a query view is hidden, and captions alone teach to tell such a view from a clear one. Here each query view has to
+    find the re-render of its scene and its look-alike among those of all others. Captions are learned on beside it.
+
+    clip: the trained open_clip model; it is changed.
+    """
+    import torch
+    from torch.nn import functional
+
+    torch.manual_seed(recipe.seed)
+    rows = Views(bank, tokenizer, recipe)
+    rng = random.Random(f"retriever:{recipe.seed}")
+    batches = batches_of(rows, recipe.workers) if recipe.workers else (rows.draw(rng) for _ in range(len(rows)))
+    model = clip.train()
+
+    def loss() -> dict[str, Any]:
+        scenes, ids = (part.to(recipe.device) for part in next(batches))
+        with recipe.autocast():
+            views = torch.cat([3 * scenes, 3 * scenes + 1, 3 * scenes + 2])
+            image, text = model.encode_image(normalise(pixels[views]), normalize=True).float(), _encode_text(model, ids).float()
+        query, clear = image.tensor_split([len(scenes)])
+        scale = model.logit_scale.exp().clamp(max=50)
+        own = torch.arange(len(scenes), device=query.device)
+        found = []
+        for right, other in ((own, own + len(scenes)), (own + len(scenes), own)):  # either one, were the other not there
+            logits = (scale * query @ clear.T).scatter(1, other[:, None], -torch.inf)
+            found.append(functional.cross_entropy(logits, right))
+        logits, goal = scale * clear @ text.T, torch.arange(len(clear), device=clear.device)
+        contrast = (functional.cross_entropy(logits, goal) + functional.cross_entropy(logits.T, goal)) / 2
+        return {"all": sum(found) + contrast, "re-render": found[0], "look-alike": found[1], "contrast": contrast}
+
+    optimize(list(model.parameters()), loss, recipe.retriever_steps, recipe.retriever_rate, "retriever")
+    if together.first():
+        _save_clip(model, clip_config(recipe, len(tokenizer)), tokenizer, recipe, out)
+
+
+def _save_clip(model: Any, config: dict[str, Any], tokenizer: Any, recipe: Recipe, out: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     preprocess = {"size": recipe.style.size, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
@@ -185,7 +229,6 @@ def train_clip(recipe: Recipe, bank: Bank, pixels: Any, tokenizer: Any, out: Pat
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
     weights = {name: value.contiguous().cpu().to(dtype) for name, value in model.state_dict().items()}
     save_file(weights, out / "open_clip_model.safetensors")
-    return model.eval()
 
 
 class Captions:
@@ -210,9 +253,28 @@ class Captions:
         picked = [3 * number + rng.randrange(2) for number in chosen]
         picked += [3 * number + 2 for number in chosen[: size // 4]]
         shown = (self.bank[i // 3].other if i % 3 == 2 else self.bank[i // 3].scene for i in picked)
-        captions = [q.caption(scene, rng) for scene in shown]
+        return torch.tensor(picked), self.tokens([q.caption(scene, rng) for scene in shown])
+
+    def tokens(self, captions: list[str]) -> Any:
+        """int64 [captions, length]."""
         ids = self.tokenizer(captions, padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
-        return torch.tensor(picked), ids[:, : int((ids != tokens.PAD).sum(1).max())]
+        return ids[:, : int((ids != tokens.PAD).sum(1).max())]
+
+
+class Views(Captions):
+    """Batches for the retriever: numbers of scenes, int64 [batch], and captions of their re-renders and look-alikes in turn."""
+
+    def __len__(self) -> int:
+        return self.recipe.retriever_steps
+
+    def draw(self, rng: random.Random) -> tuple[Any, Any]:
+        """Scenes with all three images."""
+        import torch
+
+        chosen = rng.sample(range(len(self.bank)), self.recipe.retriever_batch)
+        lessons = [self.bank[number] for number in chosen]
+        shown = [lesson.scene for lesson in lessons] + [lesson.other for lesson in lessons]
+        return torch.tensor(chosen), self.tokens([q.caption(scene, rng) for scene in shown])
 
 
 def _encode_text(model: Any, ids: Any) -> Any:
@@ -300,7 +362,7 @@ def run(recipe: Recipe, out: Path) -> None:
             print(f"{text}, {time.time() - start:.0f} s", flush=True)
 
     rank, world, device = together.join(recipe.device)
-    share = {name: getattr(recipe, name) // world for name in ("scenes", "clip_batch", "lvlm_batch")}
+    share = {name: getattr(recipe, name) // world for name in ("scenes", "clip_batch", "retriever_batch", "lvlm_batch")}
     recipe = replace(recipe, rank=rank, world=world, device=device, **share)
     bank, images = draw_bank(recipe.scenes, recipe.seed, recipe.style, recipe.workers, rank, world)
     note(f"drew {world} x {len(images)} images")
@@ -315,6 +377,9 @@ def run(recipe: Recipe, out: Path) -> None:
     if not (out / "lvlm" / "model.safetensors").exists():
         train_lvlm(recipe, bank, pixels, clip, bpe, out / "lvlm")
     note("LLaVA")
+    if recipe.retriever_steps and not (out / "retriever" / "open_clip_model.safetensors").exists():
+        train_retriever(recipe, bank, pixels, clip, tokens.wrap(bpe, "clip"), out / "retriever")
+    note("retriever")
     if not (out / "bert" / "model.safetensors").exists():
         train_bert(recipe, bpe, out / "bert")
     note("BERT")

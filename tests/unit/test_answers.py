@@ -12,7 +12,7 @@ from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, lvlm, sampling
 from surf.prompts import Reference
-from surf.reanswer import Judge, _turns, reanswer
+from surf.reanswer import Judge, _turns, asked_again, reanswer
 from surf.shards import stable_hash
 
 
@@ -228,7 +228,8 @@ class Scripted:
 
 
 def reask(tmp_path, pictures, responder, *, stop_early, references=6, wrong=3):
-    rows = [{**row, "base": 0.0} for row in store.rows(rounds(wrong + 2)) if row["image"] != "broken.png"][:wrong]
+    rows = [{**row, "base": 0.0, "right": False} for row in store.rows(rounds(wrong + 2))]
+    rows = [row for row in rows if row["image"] != "broken.png"][:wrong]
     names = [f"{n}.png" for n in (10, 11, 12, 13, 14, 15)]
     near = {row["image"]: [(100 + n, Reference(name, f"caption {n}")) for n, name in enumerate(names)] for row in rows}
     return reanswer(
@@ -255,6 +256,29 @@ def test_reanswers_ask_every_reference_alone_or_stop_when_both_kinds_are_found(t
     assert [row["rank"] for row in store.rows(short)] == [0, 1, 2] * 3
     kept = [row for row in store.rows(table) if row["rank"] < 3]
     assert store.rows(short) == kept
+
+
+def test_wrong_rounds_and_a_drawn_share_of_the_right_ones_are_asked_again(tmp_path):
+    kinds = [False, None, True, True]
+    rows = store.rows(rounds(200))
+    first = [{"round_id": row["round_id"], "metric": "match", "correct": kinds[n % 4]} for n, row in enumerate(rows)]
+    first = [{**row, "rank": -1, "score": float(row["correct"] is True)} for row in first]
+    paths = tmp_path / "rounds.parquet", tmp_path / "scores.parquet"
+    for path, some, dataset in zip(paths, (rows, first), ("rounds", "scores/answers"), strict=True):
+        store.write_table(path, store.table_of(some, dataset), dataset)
+    verdicts = {row["round_id"]: row["correct"] for row in first}
+
+    def ask(share, seed=0):
+        again = asked_again(*paths, share, seed)
+        assert all(row["right"] is verdicts[row["round_id"]] and row["base"] == float(row["right"]) for row in again)
+        return [row["round_id"] for row in again]
+
+    wrong, right = ([key for key, value in verdicts.items() if value is kind] for kind in (False, True))
+    some = ask(0.3)
+    assert ask(0.0) == wrong
+    assert sorted(ask(1.0)) == sorted(wrong + right)
+    assert set(wrong) < set(some) and 15 < len(some) - len(wrong) < 50 and some != ask(0.3, seed=1)
+    assert [key for key in verdicts if key in set(some)] == some  # in the order of the rounds
 
 
 def test_reanswers_resume_without_doing_a_row_twice(tmp_path, pictures):
@@ -296,9 +320,10 @@ def test_reanswers_in_turns_are_those_of_one_round_after_the_other(tmp_path, pic
     """Rounds of different images stop at different ranks; turns stay full, and every reference is asked as if alone."""
     draw = random.Random(0)
     rows = [
-        {"round_id": f"c{n}#0", "image": f"{n // 3}.png", "question": "What?", "answer": "yes", "task": "short", "base": 0.0}
+        {"round_id": f"c{n}#0", "image": f"{n // 3}.png", "question": "What?", "answer": "yes", "task": "short"}
         for n in range(30)
     ]
+    rows = [{**row, "base": 0.0, "right": False} for row in rows]
     near = {f"{n}.png": [(r, Reference(f"{10 + r}.png", "x")) for r in range(draw.randrange(0, 7))] for n in range(10)}
     helpful = {(row["round_id"], rank) for row in rows for rank in range(6) if draw.random() < 0.4}
     numbers = {stable_hash(0, row["round_id"], rank): (row["round_id"], rank) for row in rows for rank in range(6)}

@@ -174,7 +174,7 @@ def test_answer_reanswer_finetune_pope(options, pictures, tmp_path, monkeypatch)
     )
     assert first.num_rows == 4 and not errors
 
-    wrong = [one | {"base": 0.0} for one in rounds]
+    wrong = [one | {"base": 0.0, "right": False} for one in rounds]
     references = {one["image"]: list(enumerate(REFERENCES)) for one in rounds}
     again, errors = reanswer(
         wrong,

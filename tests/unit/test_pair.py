@@ -15,10 +15,13 @@ from surf.images import identity
 JUDGE = config.Score()
 
 
-def shard(verdicts, metric="match", base=0.0, scores=None):
-    """Rows of rounds, first scores, scores and neighbours; a round per entry of `verdicts` (round id → correct by rank)."""
+def shard(verdicts, metric="match", base=0.0, scores=None, right=()):
+    """Rows of rounds, first scores, scores and neighbours; a round per entry of `verdicts` (round id → correct by rank).
+
+    right: rounds whose first answer is.
+    """
     rounds = [{"round_id": r, "image": f"{r}.jpg", "question": "Q?", "answer": "A", "task": "short"} for r in verdicts]
-    first = [{"round_id": r, "rank": -1, "metric": metric, "score": base, "correct": False} for r in verdicts]
+    first = [{"round_id": r, "rank": -1, "metric": metric, "score": base, "correct": r in right} for r in verdicts]
     again, near = [], []
     for r, flags in verdicts.items():
         for rank, flag in enumerate(flags):
@@ -70,9 +73,10 @@ names = st.text("abcdef", min_size=1, max_size=3)
     st.sampled_from(["match", "iou", "bertscore", "loglik"]),
     st.lists(st.sampled_from([0.3, 0.49, 0.5, 0.505, 0.51, 0.7]), min_size=6, max_size=6),
     st.permutations(range(4)),
+    st.sets(names),
 )
-def test_equals_the_plain_loop(verdicts, metric, scores, order):
-    rows = shard(verdicts, metric=metric, base=0.5, scores=scores)
+def test_equals_the_plain_loop(verdicts, metric, scores, order, right):
+    rows = shard(verdicts, metric=metric, base=0.5, scores=scores, right=right)
     rows = [[some[i] for i in sorted(range(len(some)), key=lambda i: order[i % 4])] for some in rows]
     assert label(rows) == expected(rows)
 
@@ -101,21 +105,22 @@ def test_rows_that_fit_to_nothing_are_told():
 
 
 @pytest.mark.parametrize("mix", [{}, {"positive_only": 0.3, "negative_only": 0.2, "no_reference": 0.1}, {"no_reference": 1.0}])
-def test_what_is_kept_of_each_shard_is_enough(tmp_path, mix):
+@pytest.mark.parametrize("harmed", [0.0, 0.4])
+def test_what_is_kept_of_each_shard_is_enough(tmp_path, mix, harmed):
     """Only `samples` rounds of each kind are kept in memory; the samples are those that are chosen from all rounds."""
     rng = np.random.default_rng(0)
     everything, shards = [], []
     for number in range(3):
-        verdicts = {f"r{number}-{i}": [bool(flag) for flag in rng.integers(0, 2, rng.integers(1, 4))] for i in range(40)}
-        rows = shard(verdicts)
+        verdicts = {f"r{number}-{i}": [bool(flag) for flag in rng.integers(0, 2, rng.integers(1, 4))] for i in range(60)}
+        rows = shard(verdicts, right={name for name in verdicts if name.endswith(("3", "7"))})
         everything += expected(rows)
         paths = [tmp_path / f"{name.replace('/', '-')}-{number}.parquet" for name in labels.DATASETS]
         for path, table, dataset in zip(paths, tables(rows), labels.DATASETS, strict=True):
             store.write_table(path, table, dataset)
         shards.append(paths)
-    options = config.Pair(samples=15, mix=config.Mix(**mix))
+    options = config.Pair(samples=15, harmed=harmed, mix=config.Mix(**mix))
     kept, counts = labels.gather(shards, JUDGE, lambda round_id: pair.order(round_id, 1), options.samples)
-    assert len(kept) <= 4 * 15 < len(everything) == sum(counts.values()) == 120
+    assert len(kept) <= 8 * 15 < len(everything) == sum(counts.values()) == 180
     assert pair.choose(kept, options, seed=1) == pair.choose(everything, options, seed=1)
 
 
@@ -142,12 +147,16 @@ def test_random_negatives_are_other_readable_photographs():
     assert identity(corpus[0]) == identity(rows()[0]["image"])
 
 
-def labelled(both=0, positive=0, negative=0):
+def labelled(both=0, positive=0, negative=0, right=0):
+    """Rounds with such references; `right` more with both kinds that were right without any."""
     reference = {"image_id": 1, "similarity": 0.5, "gain": 1.0}
     kinds = [(reference, reference)] * both + [(reference, None)] * positive + [(None, reference)] * negative
+    flags = [False] * len(kinds) + [True] * right
+    kinds += [(reference, reference)] * right
+    one = {"image": "i.jpg", "question": "Q?", "answer": "A", "task": "short"}
     return [
-        {"round_id": f"r{n}", "image": "i.jpg", "question": "Q?", "answer": "A", "task": "short", "positive": p, "negative": q}
-        for n, (p, q) in enumerate(kinds)
+        {"round_id": f"r{n}", **one, "right": flag, "positive": p, "negative": q}
+        for n, ((p, q), flag) in enumerate(zip(kinds, flags, strict=True))
     ]
 
 
@@ -220,6 +229,29 @@ def test_json_is_the_original_readmes_format():
     assert pair.original_json(sample(False))["images"] == ["n.jpg", "p.jpg"]
     none = pair.original_json(sample(True, "no_reference"))
     assert none["images"] == none["labels"] == [] and none["conversations"][0]["value"] == "<image>\nWhat?"
+
+
+@pytest.mark.parametrize("mix", [{}, {"no_reference": 0.25}, {"positive_only": 1.0}])
+def test_the_harmed_share_of_every_kind_is_of_rounds_that_were_right(mix):
+    rows = labelled(both=100, right=100)
+    was_right = {row["round_id"] for row in rows if row["right"]}
+    chosen = pair.choose(rows, config.Pair(samples=80, harmed=0.25, mix=mix), seed=0)
+    kinds = Counter((row["kind"], row["round_id"] in was_right) for row in chosen)
+    shares = {"pair": 1 - sum(mix.values()), **mix}
+    for kind, share in shares.items():
+        assert (kinds[kind, False], kinds[kind, True]) == (60 * share, 20 * share)
+
+
+def test_too_few_harmed_samples_are_told_and_not_filled_up(caplog):
+    chosen = pair.choose(labelled(both=100, right=5), config.Pair(samples=40, harmed=0.5), seed=0)
+    assert len(chosen) == 25 and "pair.harmed: 5 of 20 samples" in caplog.text
+    assert len(pair.choose(labelled(both=10, right=50), config.Pair(harmed=0.0), seed=0)) == 10
+
+
+def test_the_harmed_share_is_kept_where_there_are_few_wrong_rounds():
+    chosen = pair.choose(labelled(both=12, right=90), config.Pair(samples=100, harmed=0.25), seed=0)
+    assert len(chosen) == 12 + 4
+    assert len(pair.choose(labelled(right=90), config.Pair(samples=20, harmed=1.0), seed=0)) == 20
 
 
 def test_mixes_can_be_made_of_the_same_questions():

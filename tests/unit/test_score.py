@@ -127,18 +127,34 @@ def test_an_unknown_task_is_refused():
     ],
 )
 def test_label(metric, value, correct, base, expected):
-    assert score.label(metric, value, correct, base, OPTIONS) is expected
+    assert score.label(metric, value, correct, base, False, OPTIONS) is expected
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "correct", "base", "expected"),
+    [
+        ("match", 1.0, True, 1.0, True),
+        ("match", 0.0, False, 1.0, False),
+        ("iou", 0.5, True, 0.9, True),  # worse, but still right
+        ("bertscore", 0.95, True, 0.99, True),
+        ("bertscore", 0.8, None, 0.99, None),
+        ("bertscore", 0.6, False, 0.99, False),
+        ("loglik", -0.5, True, -0.1, False),
+    ],
+)
+def test_label_of_a_round_that_was_right_at_first(metric, value, correct, base, expected):
+    assert score.label(metric, value, correct, base, True, OPTIONS) is expected
 
 
 def test_without_a_margin_no_change_is_still_no_help():
     options = config.Score(margin=0.0)
-    assert score.label("bertscore", 0.6, None, 0.6, options) is None
-    assert score.label("bertscore", 0.601, None, 0.6, options) is True
+    assert score.label("bertscore", 0.6, None, 0.6, False, options) is None
+    assert score.label("bertscore", 0.601, None, 0.6, False, options) is True
 
 
 def test_an_unknown_metric_is_refused():
     with pytest.raises(SurfError, match="no metric 'bleu'"):
-        score.label("bleu", 1.0, True, 0.0, OPTIONS)
+        score.label("bleu", 1.0, True, 0.0, False, OPTIONS)
 
 
 @pytest.mark.parametrize("dataset", ["answers", "reanswers"])
