@@ -62,7 +62,12 @@ EXTRA_METHODS: dict[str, dict[str, Any]] = {
     "caption-only": {"model": "tuned", "references": 2, "show": "caption"},
     "image-only": {"model": "tuned", "references": 2, "show": "image"},
 }
-SWEEPS = {"of": ["vanilla-rag", "surf", "harmed"], "k": [1, 4], "source": ["random", "oracle", "adversarial"], "order": ["reversed"]}
+SWEEPS = {
+    "of": ["vanilla-rag", "surf", "harmed"],
+    "k": [1, 4],
+    "source": ["random", "oracle", "adversarial"],
+    "order": ["reversed"],
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
             "wrong_below": 0.85,
             "right_above": 0.95,
         },
-        "pair": {"samples": MAIN // scale.unit},
+        "pair": {"samples": MAIN // scale.unit, "harmed": 0.0},  # the paper's; see the variant "harmed"
         "finetune": {
             "learning_rate": scale.learning_rate,
             "zero_stage": 0,

@@ -2,12 +2,13 @@
 
     python benchmarks/experiment_tables.py TABLES
 
-Reads questions.parquet and right.parquet in the folder TABLES; writes tables.parquet and tables.md there.
+Reads questions.parquet and right.parquet in the folder TABLES; writes tables.parquet, tables.md and shares.svg there.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from surf import intervals, tables
 from surf.errors import SurfError
 
 OTHERS = ("zero-shot", "vanilla-rag", "surf")  # what methods are compared with
+OURS = ("surf", "harmed")  # the paper's samples, and surf's own
+SHOWN = {"told-rag": "#7f7f7f", "filter-judged": "#bcbd22", "zero-shot": "#000000", "harmed": "#c0392b", "surf": "#1f77b4"}
+SHOWN |= {"vanilla-rag": "#2ca02c", "sft": "#9467bd"}  # method: colour in shares.svg
 Row = dict[str, Any]
 
 
@@ -176,7 +180,7 @@ def markdown(rows: Sequence[Row]) -> str:
         seeds = ", ".join(
             f"{share:g} mislead: {next(row['seeds'] for row in own if row['share'] == share)} seeds" for share in shares
         )
-        for part in ("all", "helps", "misleads", "hidden"):
+        for part in ("all", "helps", "misleads"):  # of the hidden things all are there: a model that says yes is right
             body = [[name, *(look.text(labels, share, part, name, None) for share in shares)] for name in methods]
             lines += [
                 f"## Accuracy (%), labels by {labels}, questions: {part}",
@@ -200,19 +204,44 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def goals(look: Lookup) -> Iterator[str]:
     """What the experiment was to show, and whether it does, a line for each."""
-    for share in sorted({key[1] for key in look.rows if key[0] == "answer"}):
-        ours = look.estimate("answer", share, "all", "surf", None)
+    for name, share in product(OURS, sorted({key[1] for key in look.rows if key[0] == "answer"})):
+        ours = look.estimate("answer", share, "all", name, None)
         for other in OTHERS[:2]:
             theirs = look.estimate("answer", share, "all", other, None)
             if ours and theirs and ours.low is not None and theirs.high is not None:
                 verdict = "above, intervals apart" if ours.low > theirs.high else "not above with intervals apart"
-                yield f"- {share:g} mislead: surf against {other}: {verdict}"
-        loss = look.text("answer", share, "misleads", "surf", "zero-shot")
-        yield f"- {share:g} mislead: surf minus zero-shot where references mislead: {loss} points (goal: above -1)"
+                yield f"- {share:g} mislead: {name} against {other}: {verdict}"
+        loss = look.text("answer", share, "misleads", name, "zero-shot")
+        yield f"- {share:g} mislead: {name} minus zero-shot where references mislead: {loss} points (goal: above -1)"
+
+
+def draw(look: Lookup, path: Path) -> None:
+    """Accuracy over the share of misleading references."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "surf"
+    shares = sorted({key[1] for key in look.rows if key[0] == "answer"})
+    drawing, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    for name, color in SHOWN.items():
+        found = [(share, look.estimate("answer", share, "all", name, None)) for share in shares]
+        points = [(share, one.value, one.low, one.high) for share, one in found if one]
+        if points:
+            place, value, low, high = np.array(points, float).T * 100
+            axes.errorbar(
+                place, value, [value - low, high - value], label=name, color=color, marker="o", markersize=3, capsize=2
+            )
+    axes.set_xticks([100 * share for share in shares])
+    axes.set_xlabel("queries whose references mislead (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    drawing.savefig(path, metadata={"Date": None})
 
 
 def write(out: Path) -> None:
-    """Write tables.parquet and tables.md from the answers in `out`.
+    """Write tables.parquet, tables.md and shares.svg from the answers in `out`.
 
     Raises:
         SurfError: there are none.
@@ -226,6 +255,7 @@ def write(out: Path) -> None:
     rows = list(measure(found))
     pq.write_table(pa.Table.from_pylist(rows), out / "tables.parquet", compression="zstd")
     (out / "tables.md").write_text(markdown(rows))
+    draw(Lookup(rows), out / "shares.svg")
     print(f"tables of {len(found)} cells: {out / 'tables.md'}")
 
 

@@ -1,4 +1,4 @@
-"""Train three models from nothing: CLIP, LLaVA on its vision tower, and BERT.
+"""Train the world's models from nothing: CLIP, LLaVA on its vision tower, BERT; of the large ones a retriever as well.
 
     python -m surf.demo.train --out surf/demo/models                                      the embedded example's, on a CPU
     torchrun --standalone --nproc-per-node 2 -m surf.demo.train --out models --size large --device cuda --workers 15
@@ -351,7 +351,7 @@ def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:
 
 
 def run(recipe: Recipe, out: Path) -> None:
-    """Train all three models in turn and write them below `out`."""
+    """Train all models in turn and write them below `out`."""
     import torch
 
     torch.set_num_threads(recipe.threads)

@@ -59,8 +59,11 @@ def test_documentation_of_the_keys_is_up_to_date():
         (with_(score={"wrong_below": 0.95}), "score.wrong_below must not exceed score.right_above"),
         (with_(score={"judge": "loglik"}), "score.judge: loglik needs answer.gold_loglik: true"),
         (with_(pair={"mix": {"positive_only": 0.6, "no_reference": 0.6}}), "must not add up to more than 1"),
-        (with_(pair={"harmed": 0.5}), "pair.harmed: needs reanswer.right_share"),
-        (with_(variants={"x": {"pair": {"harmed": 0.5}}}), "variants.x.pair.harmed: needs reanswer.right_share"),
+        (with_(reanswer={"right_share": 0.0}), "pair.harmed: needs reanswer.right_share"),
+        (
+            with_(reanswer={"right_share": 0.0}, pair={"harmed": 0.0}, variants={"x": {"pair": {"harmed": 0.5}}}),
+            "variants.x.pair.harmed: needs reanswer.right_share",
+        ),
         (with_(evaluate={"methods": {"a b": {"model": "base"}}}), "evaluate.methods.a b"),
         (with_(evaluate={"methods": {"x": {"model": "best"}}}), "evaluate.methods.x.model = 'best'"),
         (with_(evaluate={"methods": {"image-blind": {"model": "base"}}}), "this name is taken"),

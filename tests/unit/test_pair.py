@@ -162,7 +162,7 @@ def labelled(both=0, positive=0, negative=0, right=0):
 
 def test_samples_are_cut_to_size_and_do_not_depend_on_the_order_of_the_rows():
     rows = labelled(both=50)
-    options = config.Pair(samples=20)
+    options = config.Pair(samples=20, harmed=0.0)
     chosen = pair.choose(rows, options, seed=1)
     assert len(chosen) == 20
     assert chosen == pair.choose(rows[::-1], options, seed=1)
@@ -192,7 +192,7 @@ def test_without_a_mix_only_rounds_with_both_kinds_are_kept():
 )
 def test_mix_has_the_configured_shares(mix, expected):
     rows = labelled(both=60, positive=15, negative=15)
-    chosen = pair.choose(rows, config.Pair(samples=40, mix=config.Mix(**mix)), seed=0)
+    chosen = pair.choose(rows, config.Pair(samples=40, harmed=0.0, mix=config.Mix(**mix)), seed=0)
     assert Counter(row["kind"] for row in chosen) == expected
     assert len({row["round_id"] for row in chosen}) == len(chosen), "no round is used twice"
     for row in chosen:

@@ -20,7 +20,8 @@ def made_up(**sections):
             "methods": {"plain": {"model": "base"}, "tuned": {"model": "tuned", "references": 2}},
         },
         "shards": {"corpus": 4, "rounds": 5},
-        "pair": {"samples": 100},
+        "reanswer": {"right_share": 0.0},
+        "pair": {"samples": 100, "harmed": 0.0},
         "finetune": {"processes": 2, "epochs": 2},
     }
     return config.parse({**values, **sections})
@@ -80,6 +81,8 @@ def test_rows_jobs_and_times_are_those_of_the_formula():
     assert (table["evaluate_retrieve"].rows, table["retrieve"].rows) == (30, 300)
     # they read their whole files in every job
     assert table["catalog"].job_seconds == pytest.approx(31) and table["split"].job_seconds == pytest.approx(21)
+    more = made_up(reanswer={"right_share": 0.25})
+    assert lines(plan.plan(more, DATA, SIZES, known(), gpus=2, cores=4))["reanswer"].rows == (200 + 0.25 * 800) * 4
     assert table["merge"].jobs == 7 and table["evaluate_questions"].jobs == 2
 
 
