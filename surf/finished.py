@@ -56,16 +56,15 @@ def _training(results: Path, name: str, finetune: Finetune, source: str) -> Stag
 
 
 def _shares(results: Path, source: str) -> tuple[tuple[int, int] | None, Measure | None]:
-    """(wrong and judged rounds, references asked for a wrong round) of the parts that are there."""
+    """(wrong and judged rounds, references asked for a round that is asked again) of the parts that are there."""
     wrong = judged = 0
     asked = []
     for path in sorted((results / "scores/answers").glob("*.parquet")):
         column = store.read_table(path, "scores/answers", ["correct"])["correct"]
-        bad = column.to_pylist().count(False)
-        wrong, judged = wrong + bad, judged + len(column)
-        again = results / "reanswers" / path.name
-        if bad and again.exists():
-            asked.append(store.footer(again)[0].num_rows / bad)
+        wrong, judged = wrong + column.to_pylist().count(False), judged + len(column)
+        part = results / "reanswers" / path.name
+        if part.exists() and (again := store.read_table(part, "reanswers", ["round_id"])["round_id"]):
+            asked.append(len(again) / len(again.unique()))
     return ((wrong, judged) if judged else None), (Measure(tuple(asked), source) if any(asked) else None)
 
 
@@ -79,4 +78,5 @@ def _pairs(results: Path) -> tuple[int, int] | None:
         return None
 
     labelled = json.loads(counts)
-    return int(labelled.get("positive True, negative True", 0)), max(1, sum(labelled.values()))
+    both = sum(count for kind, count in labelled.items() if kind.startswith("positive True, negative True"))
+    return both, max(1, sum(labelled.values()))

@@ -59,7 +59,7 @@ class Rates(NamedTuple):
     Keys are rule names, with what else their speed depends on: "score/answers", "evaluate_answer/TASK/N" for N references,
     "evaluate_candidates/BY/TASK", "evaluate_retrieve/TASK", "finetune/VARIANT"; "search" is one query against a million
     vectors. A row's seconds are those of one worker on one GPU. Shares: "wrong" [wrong rounds, judged rounds]; "pairs"
-    [rounds with both kinds of references, re-answered rounds]; "asked": references asked for a wrong round, one value a part.
+    [rounds with both kinds of references, re-answered rounds]; "asked": references for a re-answered round, one a part.
     """
 
     stages: Mapping[str, Stage] = MappingProxyType({})
