@@ -188,15 +188,16 @@ def _quantised(finetune: Finetune) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if not find_spec("bitsandbytes") or not torch.cuda.is_available():
-        missing = "bitsandbytes is not installed" if torch.cuda.is_available() else "there is no GPU"
-        raise SurfError(missing, where="finetune.method: qlora", next="pip install 'surf-rag[qlora]' on a GPU node, or lora")
-    skipped = ["lm_head", "vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
+    if not find_spec("bitsandbytes"):
+        raise SurfError("bitsandbytes is not installed", where="finetune.method: qlora", next="pip install 'surf-rag[qlora]'")
+    cuda = torch.cuda.is_available()
+    names = ["vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
+    skipped = ["lm_head", *names, *(f"model.{name}" for name in names)]  # they are matched with the starts of modules' names
     four = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if cuda else torch.float32,
         llm_int8_skip_modules=skipped,
     )
-    return {"quantization_config": four, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": four, "device_map": {"": torch.cuda.current_device() if cuda else "cpu"}}

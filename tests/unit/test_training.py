@@ -260,7 +260,43 @@ def test_lora_merges_into_a_plain_folder_and_goes_on_after_a_kill(job, tmp_path,
     torch.testing.assert_close(beside, merged, rtol=1e-3, atol=1e-4)
 
 
-def test_what_a_way_to_train_needs_is_told(job):  # noqa: F811
+def test_qlora_quantises_the_language_model_alone_and_goes_on_after_a_kill(job, tmp_path, monkeypatch):  # noqa: F811
+    prepare, four = network.prepare, []
+
+    def seen(model, *rest):
+        four.extend(name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit")
+        return prepare(model, *rest)
+
+    monkeypatch.setattr(network, "prepare", seen)
+    flags = {"method": "qlora", "zero_stage": 0, "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}, "learning_rate": 1e-2}
+    settings = job(count=4, epochs=6, batch_size=2, save_steps=2, **flags)
+    finetune.train(**settings)
+    assert four and all(name.startswith("model.language_model.layers.") for name in four)
+    curve = json.loads((settings["out"] / "model.json").read_text())["loss_curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.3
+    base, tuned = weights(finetune.Path(settings["lvlm"].model)), weights(settings["out"])
+    assert tuned.keys() == base.keys(), "the adapter is added to the weights that were not quantised"
+    assert all(tuned[name].dtype == base[name].dtype for name in base)
+
+    steps = []
+
+    def broken(*args, **keywords):
+        steps.append(0)
+        if len(steps) == 7:
+            raise KeyboardInterrupt
+        return samples.collate(*args, **keywords)
+
+    alone = settings | {"out": tmp_path / "alone"}
+    monkeypatch.setattr(finetune, "collate", broken)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.train(**alone)
+    monkeypatch.setattr(finetune, "collate", samples.collate)
+    finetune.train(**alone)
+    assert json.loads((alone["out"] / "model.json").read_text())["loss_curve"] == curve
+
+
+def test_what_a_way_to_train_needs_is_told(job, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(network, "find_spec", lambda name: None)
     with pytest.raises(SurfError, match=r"finetune\.method: qlora.*(\n.*)*surf-rag\[qlora\]"):
         finetune.train(**job(method="qlora"))
     with pytest.raises(SurfError, match="mlflow is not installed"):
