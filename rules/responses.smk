@@ -5,7 +5,7 @@
 # 2. answer     every round without a reference
 # 3. score      the first answers
 # 4. retrieve   similar corpus images, once an image
-# 5. reanswer   wrong rounds only, once with each reference
+# 5. reanswer   wrong rounds and a share of the others, once with each reference
 # 6. score      the re-answers
 
 
