@@ -109,7 +109,7 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
     methods = {**METHODS, **(EXTRA_METHODS if extra else {})}
     if not full:
         methods = {name: methods[name] for name in ("zero-shot", "vanilla-rag", "surf")}
-    methods |= {name: {"model": name, "references": 0 if name.startswith("sft") else 2} for name in variants}
+    methods |= {name: {"model": name, "references": references(one)} for name, one in variants.items()}
     pope = {"kind": "pope", "files": {name: f"{world}/pope/coco_pope_{name}.json" for name in SPLITS}, "max_new_tokens": 4}
     return {
         "results": "results",
@@ -155,6 +155,11 @@ def config(cell: Cell, scale: Scale, models: Path, world: Path, left_out: list[s
             "examples": 4,
         },
     }
+
+
+def references(variant: dict[str, Any]) -> int:
+    """References in the prompts of a variant's method: as many as it learns with."""
+    return 0 if variant.get("pair", {}).get("mix", {}).get("no_reference") == 1.0 else 2
 
 
 def sized(variant: dict[str, Any], scale: Scale) -> dict[str, Any]:

@@ -217,14 +217,12 @@ def goals(look: Lookup) -> Iterator[str]:
 
 def draw(look: Lookup, path: Path) -> None:
     """Accuracy over the share of misleading references."""
-    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "surf"
     shares = sorted({key[1] for key in look.rows if key[0] == "answer"})
-    drawing, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    canvas = FigureCanvasSVG(Figure(figsize=(6, 3.5), layout="constrained"))
+    axes = canvas.figure.subplots()
     for name, color in SHOWN.items():
         found = [(share, look.estimate("answer", share, "all", name, None)) for share in shares]
         points = [(share, one.value, one.low, one.high) for share, one in found if one]
@@ -237,7 +235,7 @@ def draw(look: Lookup, path: Path) -> None:
     axes.set_xlabel("queries whose references mislead (%)")
     axes.set_ylabel("accuracy (%)")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    drawing.savefig(path, metadata={"Date": None})
+    tables.save(canvas, path)
 
 
 def write(out: Path) -> None:

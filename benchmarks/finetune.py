@@ -96,9 +96,8 @@ def compare(args: argparse.Namespace) -> None:
     while time.time() < end and (left := rows[len(read(out)) :]):
         first = len(read(out))
         steps = 2 if args.tiny else args.steps
-        now = left[:1] if args.fresh else left
-        plan = {"rows": now, "steps": steps, "samples": (WARM_UP + steps) * largest * gpus, "tiny": args.tiny, "end": end}
-        (out / "plan.json").write_text(json.dumps({**plan, "scratch": str(scratch)}))
+        plan = {"rows": left[:1] if args.fresh else left, "steps": steps, "samples": (WARM_UP + steps) * largest * gpus}
+        (out / "plan.json").write_text(json.dumps({**plan, "tiny": args.tiny, "end": end, "scratch": str(scratch)}))
         why = start(gpus, out, end)
         found = len(read(out))
         if found == len(rows) or not why or time.time() >= end:
@@ -242,7 +241,6 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import Trainer
-    from transformers.trainer_utils import SaveStrategy
 
     begin = time.monotonic()
     world, plain, cuda = int(os.environ["WORLD_SIZE"]), name == PLAIN, torch.cuda.is_available()
@@ -251,7 +249,7 @@ def run(name: str, batch: int, plan: dict[str, Any], made: list[Any], processor:
     finetune = config.Finetune(**options, **SWITCHES[name])
     # DeepSpeed's settings must be there before the model is
     settings = arguments(Path(plan["scratch"]) / "run", 0, finetune, lvlm)
-    settings.save_strategy = SaveStrategy.NO  # the plain Trainer saves at its end: 81 GB
+    settings.save_strategy = "no"  # the plain Trainer saves at its end: 81 GB
     _, whole = llava.processor_and_config(plan["tiny"])
     # under ZeRO-3 each process makes its share of the weights; else they are made where they shall be
     model = llava.model(whole, network.dtype(settings), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else None)

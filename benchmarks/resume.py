@@ -27,7 +27,7 @@ from typing import TextIO
 
 import common
 
-from surf import cli, config
+from surf import cli, config, tables
 
 STEP = re.compile(r"step (\d+)/\d+  loss ([\d.]+)")
 
@@ -149,20 +149,18 @@ def losses(command: list[str], clock: _Clock, log: TextIO, kill_after: int | Non
 
 def figure(before: dict[int, float], after: dict[int, float], kill: int, path: Path) -> None:
     """Draw both runs into one SVG file."""
-    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["svg.hashsalt"] = "surf"
-    drawing, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    canvas = FigureCanvasSVG(Figure(figsize=(6, 3), layout="constrained"))
+    axes = canvas.figure.subplots()
     axes.plot(list(before), list(before.values()), "o-", color="#888888", markersize=5, label="until the kill")
     axes.plot(list(after), list(after.values()), ".-", color="#c0392b", label="after going on")
     axes.axvline(kill, color="#888888", linestyle=":", linewidth=1)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.legend(frameon=False)
-    drawing.savefig(path, metadata={"Date": None})
+    tables.save(canvas, path)
 
 
 if __name__ == "__main__":

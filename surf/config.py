@@ -227,10 +227,11 @@ class Config(BaseModel):
         for name in self.evaluate.sweeps.of:
             if name not in self.evaluate.methods or not self.evaluate.methods[name].references:
                 raise ValueError(f"evaluate.sweeps.of: {name!r} is no method with references")
+        pairs = {"pair": self.pair}
         for name in self.variants:
             if name in ("base", "tuned"):
                 raise ValueError(f"variants.{name}: this name is taken, choose another")
-            self.variant(name)
+            pairs[f"variants.{name}.pair"], _ = self.variant(name)
         for name, method in self.evaluate.all_methods().items():
             if name == "image-blind":
                 raise ValueError(f"evaluate.methods.{name}: this name is taken, choose another")
@@ -240,7 +241,6 @@ class Config(BaseModel):
                 )
             if method.source != "random" and method.references > self.retrieve.references:
                 raise ValueError(f"evaluate.methods.{name}.references must not exceed retrieve.references")
-        pairs = {"pair": self.pair, **{f"variants.{name}.pair": self.variant(name)[0] for name in self.variants}}
         for name, pair in pairs.items():
             if pair.harmed and not self.reanswer.right_share:
                 raise ValueError(f"{name}.harmed: needs reanswer.right_share above 0: else only wrong rounds are asked again")

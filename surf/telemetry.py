@@ -50,7 +50,7 @@ class Clock:
             "rows_per_second": round(rows / work, 2),
             "start_seconds": round(time.time() - psutil.Process().create_time() - (now - self.ready), 2),
             "load_seconds": round(self.ready - self.start, 2),
-            "work_seconds": round(work, 2),
+            "work_seconds": max(round(work, 2), 0.01),  # 0.00 would say that nothing was measured, see `figures`
             "peak_gpu_mb": round(peak, 1),
         }
         if workers > 1:

@@ -16,7 +16,7 @@ def label(
 
     "right" says whether its first answer was.
     """
-    firsts = {row["round_id"]: row for row in first}
+    firsts = {row["round_id"]: (row["score"], row["correct"] is True) for row in first}
     places = {(row["query_id"], row["rank"]): row for row in near}
     judged: dict[str, list[Row]] = {}
     for row in again:
@@ -24,15 +24,14 @@ def label(
     for one in rounds:
         best: dict[bool, Row] = {}
         for row in sorted(judged.get(one["round_id"], ()), key=lambda row: row["rank"]):
-            before, right = firsts[one["round_id"]]["score"], firsts[one["round_id"]]["correct"] is True
+            before, right = firsts[one["round_id"]]
             kind = score.label(row["metric"], row["score"], row["correct"], before, right, judge)
             if kind is not None and kind not in best:
                 place = places[one["image"], row["rank"]]
                 gain = row["score"] - before
                 best[kind] = {"image_id": place["image_id"], "similarity": place["similarity"], "gain": gain}
         if one["round_id"] in judged:
-            right = firsts[one["round_id"]]["correct"] is True
-            yield {**one, "right": right, "positive": best.get(True), "negative": best.get(False)}
+            yield {**one, "right": firsts[one["round_id"]][1], "positive": best.get(True), "negative": best.get(False)}
 
 
 def pick(

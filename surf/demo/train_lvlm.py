@@ -147,7 +147,7 @@ def vision_features(model: Any, pixels: Any, batch: int = 512) -> Any:
     """Return patch features [images, patches, width], float32, of pixels uint8 [images, size, size, 3]."""
     import torch
 
-    from surf.demo.train import normalise
+    from surf.demo.train_clip import normalise
 
     layer = model.config.vision_feature_layer
     parts = []

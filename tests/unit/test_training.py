@@ -218,6 +218,21 @@ def test_broken_run_sees_the_same_samples_and_ends_in_the_same_bits(job, tmp_pat
     assert (tmp_path / "whole/model.json").read_bytes() == (tmp_path / "broken/model.json").read_bytes()
 
 
+def break_off(settings, monkeypatch):
+    """Train, and stop in the seventh batch as by Ctrl-C."""
+    batches = []
+
+    def broken(*args, **keywords):
+        batches.append(0)
+        if len(batches) == 7:
+            raise KeyboardInterrupt
+        return samples.collate(*args, **keywords)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune, "collate", broken)
+        finetune.train(**settings)
+
+
 def test_lora_merges_into_a_plain_folder_and_goes_on_after_a_kill(job, tmp_path, monkeypatch):  # noqa: F811
     from transformers import AutoModelForImageTextToText
 
@@ -238,18 +253,7 @@ def test_lora_merges_into_a_plain_folder_and_goes_on_after_a_kill(job, tmp_path,
     # the adapter alone gives the same logits, and a run that was broken off ends the same
     alone = settings | {"out": tmp_path / "alone"}
     alone["finetune"] = settings["finetune"].model_copy(update={"lora": config.Lora(rank=4, alpha=8, dropout=0.0, merge=False)})
-    steps = []
-
-    def broken(*args, **keywords):
-        steps.append(0)
-        if len(steps) == 7:
-            raise KeyboardInterrupt
-        return samples.collate(*args, **keywords)
-
-    monkeypatch.setattr(finetune, "collate", broken)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.train(**alone)
-    monkeypatch.setattr(finetune, "collate", samples.collate)
+    break_off(alone, monkeypatch)
     assert not (alone["out"] / "model.json").exists()
     finetune.train(**alone)
     assert (alone["out"] / "adapter_model.safetensors").exists() and not (alone["out"] / "model.safetensors").exists()
@@ -278,19 +282,8 @@ def test_qlora_quantises_the_language_model_alone_and_goes_on_after_a_kill(job, 
     assert tuned.keys() == base.keys(), "the adapter is added to the weights that were not quantised"
     assert all(tuned[name].dtype == base[name].dtype for name in base)
 
-    steps = []
-
-    def broken(*args, **keywords):
-        steps.append(0)
-        if len(steps) == 7:
-            raise KeyboardInterrupt
-        return samples.collate(*args, **keywords)
-
     alone = settings | {"out": tmp_path / "alone"}
-    monkeypatch.setattr(finetune, "collate", broken)
-    with pytest.raises(KeyboardInterrupt):
-        finetune.train(**alone)
-    monkeypatch.setattr(finetune, "collate", samples.collate)
+    break_off(alone, monkeypatch)
     finetune.train(**alone)
     assert json.loads((alone["out"] / "model.json").read_text())["loss_curve"] == curve
 
