@@ -21,8 +21,8 @@ there are until rounds at all references meet in them, as they do in a long part
 
 The limit is what the matrix products alone would take at the speed of a large product measured in the same run: two operations
 a weight and token for the decoder, the image tower and the projector. "No reuse" reads each prompt in full; "reuse" reads each
-prefix once. Attention and all else is not counted. Where the time goes is found in a second run on few images, in which the
-device is waited for at each turn.
+prefix once. Attention and all else is not counted. Where the time goes is found in a second run on a part of these rows: see
+`bounds.py`.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bounds
 import llava
 import mix
 from common import machine, table
 from steady import Saves, TimeUp
 
-from surf import answer, config, processing, prompts, reanswer, store
+from surf import answer, config, prompts, reanswer, store
 from surf.models import Request, decode, lvlm, shared
-from surf.models.prefix import split
 from surf.prompts import Reference, from_options
 from surf.shards import stable_hash
 
@@ -56,7 +56,8 @@ class Sizes(NamedTuple):
     plain: int  # rows for `generate` in batches
     alone: int  # rows one at a time
     flush: int  # answer.flush_rows
-    few: int = 150  # images to warm up with, and to see where the time goes
+    few: int = 150  # images to warm up with
+    again: float = 30  # seconds, about, of the second run
 
 
 class Run(NamedTuple):
@@ -65,6 +66,15 @@ class Run(NamedTuple):
     requests: list[Request]
     seconds: float
     slices: int  # full-size ones among the requests, if only the steady state counts
+
+
+class Measured(NamedTuple):
+    """A line of the first table, and the tables that explain it."""
+
+    name: str
+    cells: list[object]
+    parts: list[list[object]]
+    kernels: list[list[object]]
 
 
 # (images, seed, length of all answers or None, seconds or None: to the end) to what was done
@@ -101,14 +111,14 @@ class Stopped:
 class Bench:
     """All measurements of one model."""
 
-    def __init__(self, tiny: bool, options: config.Lvlm, sizes: Sizes) -> None:
-        self.options, self.sizes = options, sizes
+    def __init__(self, tiny: bool, options: config.Lvlm, sizes: Sizes, profile: bool = False) -> None:
+        self.options, self.sizes, self.profile = options, sizes, profile
         network, processor = llava.responder(tiny)
         self.images: Any = llava.Pictures()
         self.model = lvlm.Lvlm(network, processor, self.images, options)
         self.baseline = lvlm.Lvlm(network, processor, self.images, options, share=False)
         self.stopped = Stopped(self.model)
-        self.peak_flops = _matmul_flops(network)
+        self.limits = bounds.limits(network)
         self.gpu = network.device.type == "cuda"
 
     def first(self, images: int, seed: int, fixed: int | None, seconds: float | None) -> Run:
@@ -163,14 +173,13 @@ class Bench:
             return [row for _, rows in saves.made for row in rows], whole, 0
         return saves.steady()
 
-    def row(self, name: str, work: Stage, part: int, fixed: int | None, seconds: float) -> tuple[list[object], list[object]]:
-        """One line of the table, and one of the table of times. It has one `part`-th of the images."""
+    def row(self, name: str, work: Stage, part: int, fixed: int | None, seconds: float) -> Measured:
+        """What the tables say of a stage that has one `part`-th of the images."""
         import torch
 
         engine = self.model.shared
         assert engine is not None
-        few = self.few(part)
-        work(few, 1, fixed, None)  # shapes are recorded, functions compiled
+        work(max(2, self.sizes.few // part), 1, fixed, None)  # shapes are recorded, functions compiled
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
         requests, spent, slices = work(self.sizes.images // part, 2, fixed, seconds)
@@ -180,10 +189,10 @@ class Bench:
             print(f"{name}: no slice of half of {self.sizes.flush} rows was saved: more --seconds", flush=True)
             name += ", with its ramp"
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.gpu else float("nan")
-        engine.timed, engine.seconds = True, {}
-        whole = work(few, 3, fixed, None).seconds
-        engine.timed = False
-        parts = [engine.seconds.get(part, 0.0) / whole for part in ("image", "vision", "prefix", "suffix", "decode")]
+        some = requests[: min(self.sizes.flush, int(self.sizes.again * ours) + 1)]
+        limit = fixed or mix.LONGEST
+        parts = bounds.parts(self.model, some, self.stopped.lengths, limit, 1 / ours, self.limits)
+        kernels = bounds.kernels(self.model, some[: len(some) // 4 + 1], limit) if self.profile and self.gpu else []
         engine.clear()
         if self.gpu:
             torch.cuda.empty_cache()
@@ -192,25 +201,11 @@ class Bench:
         alone = some[: self.sizes.alone]
         batched = len(some) / self._batched(some)
         single = len(alone) / _timed(lambda: self._plain(alone, 1))[0]
-        without, reused = self._limits(requests)
+        least = bounds.products(self.model, requests, self.stopped.lengths)
         rivals = [cell for rate in (single, batched) for cell in (rate, ours / rate)]
-        bounds = [cell for rate in (without, reused) for cell in (rate, f"{100 * ours / rate:.0f} %")]
-        times = [f"{100 * part:.0f} %" for part in (*parts, 1 - sum(parts))]
-        return [name, ours, *rivals, *bounds, peak, slices], [name, *times]
-
-    def few(self, part: int) -> int:
-        """Images of a small run of a row that has one `part`-th of the images."""
-        return max(2, self.sizes.few // part)
-
-    def profile(self, work: Stage, part: int, fixed: int | None) -> list[list[object]]:
-        """The GPU's kernels that take most time in a small run: (name, calls, share of all kernels' time)."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            work(max(6, self.few(part) // 5), 4, fixed, None)
-        kernels = sorted(found.key_averages(), key=lambda one: -one.self_device_time_total)
-        whole = sum(one.self_device_time_total for one in kernels)
-        return [[one.key[:90], one.count, f"{one.self_device_time_total / whole:.1%}"] for one in kernels[:16]]
+        rates = [len(requests) * self.limits.flops / (least.unshared if whole else least.shared) for whole in (True, False)]
+        cells = [cell for rate in rates for cell in (rate, f"{100 * ours / rate:.0f} %")]
+        return Measured(name, [name, ours, *rivals, *cells, peak, slices], parts, kernels)
 
     def _batched(self, requests: Sequence[Request]) -> float:
         """Seconds of `generate` in batches of 64, or of fewer where memory does not suffice."""
@@ -236,49 +231,10 @@ class Bench:
             self.baseline._generate([requests[row] for row in rows], [texts[row] for row in rows], longest, 0.0)
         network.generation_config.eos_token_id = ends
 
-    def _limits(self, requests: Sequence[Request]) -> tuple[float, float]:
-        """Samples a second if nothing but matrix products took time: (each prompt read in full, each prefix read once)."""
-        network, image = self.model.model, self.model.processor.image_token_id
-        decoder = 2 * sum(own.numel() for layer in network.model.language_model.layers for own in layer.parameters())
-        head = 2 * network.get_output_embeddings().weight.numel()
-        tower = 2 * sum(own.numel() for own in network.model.vision_tower.parameters()) * (self.model.image_tokens + 1)
-        tower += 2 * sum(own.numel() for own in network.model.multi_modal_projector.parameters()) * self.model.image_tokens
-        prefixes: dict[Any, int] = {}
-        images: set[str] = set()
-        whole = rest = 0
-        for request in requests:
-            ids = processing.token_ids(self.model.processor, prompts.chat(self.model.processor, request.prompt))
-            first, suffix = split(ids, image)
-            new = self.stopped.lengths[request.seed]
-            length = len(first) + len(request.prompt.images) * (self.model.image_tokens - 1)
-            prefixes[first, request.prompt.images] = length
-            images.update(request.prompt.images)
-            own = (len(suffix) + new - 1) * decoder + new * head
-            rest += own
-            whole += own + length * decoder + len(request.prompt.images) * tower
-        reused = rest + sum(prefixes.values()) * decoder + len(images) * tower
-        return len(requests) * self.peak_flops / whole, len(requests) * self.peak_flops / reused
-
 
 def _request(row: mix.Row, rank: int, shown: Sequence[Reference], options: config.Lvlm) -> Request:
     """What the stage asked."""
     return Request(from_options(row["question"], row["image"], shown, options), stable_hash(0, row["round_id"], rank))
-
-
-def _matmul_flops(network: Any) -> float:
-    """Operations a second of a large matrix product in the model's arithmetic."""
-    import torch
-
-    side = 8192 if network.device.type == "cuda" else 512
-    a = torch.randn(side, side, device=network.device, dtype=network.dtype)
-    times = 50 if network.device.type == "cuda" else 5
-
-    def work() -> None:
-        for _ in range(times):
-            a @ a
-
-    _timed(work)
-    return times * 2 * side**3 / _timed(work)[0]
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -311,7 +267,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=65_536, help="lvlm.batch_tokens")
     parser.add_argument("--batch-size", type=int, default=1024, help="lvlm.batch_size")
     parser.add_argument("--no-compile", action="store_true", help="lvlm.compile: false")
-    parser.add_argument("--profile", action="store_true", help="also the kernels of most time in the first row (on a GPU)")
+    parser.add_argument("--profile", action="store_true", help="also the kernels of most time (on a GPU)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     sizes = Sizes(24, 8, 2, 16, few=6) if args.tiny else Sizes(6000, 64, 6, config.Answer().flush_rows)
@@ -322,23 +278,21 @@ def main() -> None:
         batch_size=args.batch_size,
         compile=not args.no_compile,
     )
-    bench = Bench(args.tiny, options, sizes)
+    bench = Bench(args.tiny, options, sizes, args.profile)
     if bench.model.shared is None:
         raise SystemExit("the model answers without shared prefixes: see the line above")
-    made, profiles = [], []
+    made = []
     for name, stage, part, fixed in (ROWS[row] for row in args.rows):
         made.append(bench.row(name, stage(bench), part, fixed, args.seconds))
-        print(*made[-1], flush=True)
-        if args.profile and not profiles:
-            profiles.append((name, bench.profile(stage(bench), part, fixed)))
-            print(*profiles[-1][1], sep="\n", flush=True)
-    print(f"\n{machine()}; matrix products at {bench.peak_flops / 1e12:.3g} TFLOP/s\n")
+        print(*made[-1], sep="\n", flush=True)
+    products, copies = (rate / 1e12 for rate in bench.limits)
+    print(f"\n{machine()}; matrix products at {products:.3g} TFLOP/s, copies at {copies:.3g} TB/s\n")
     head = ["samples a second", "surf", "batch 1", "×", "generate, batch 64", "×", "limit, no reuse", "share"]
-    print(table([*head, "limit, reuse", "share", "peak GiB", "full-size slices"], [cells for cells, _ in made]))
-    parts = ["waiting for images", "vision", "prefixes", "suffixes", "new tokens", "host"]
-    print(f"\n{table(['time goes to', *parts], [times for _, times in made])}")
-    for name, kernels in profiles:
-        print(f"\n{table([f'{name}: kernel', 'calls', 'share'], kernels)}")
+    print(table([*head, "limit, reuse", "share", "peak GiB", "full-size slices"], [one.cells for one in made]))
+    for one in made:
+        print(f"\n{table([one.name, 'ms a sample', 'share', 'least, ms', 'of it', 'bound by'], one.parts)}")
+        if one.kernels:
+            print(f"\n{table([f'{one.name}: kernel', 'calls', 'share'], one.kernels)}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ R = TypeVar("R")
 
 COUNT = "SURF_WORKERS"  # number of workers; without it, one for each GPU that is seen
 ROLE = "SURF_WORKER"  # set for workers: their number, how many there are, where their errors go
+SWITCH = 5e-4  # seconds for which a lane that prepares may hold up the one that feeds the device; Python's default is 5e-3
 _LOOK = 1.0  # seconds between two looks at the workers
 
 
@@ -134,14 +135,19 @@ def lanes(slices: Iterable[Sequence[T]], work: Callable[[Sequence[T]], R]) -> It
 
     When an error, or a signal, ends this, slices at work are finished first.
     """
-    with ThreadPoolExecutor(2, "lane") as threads:
-        running: deque[Future[R]] = deque()
-        for one in slices:
-            running.append(threads.submit(work, one))
-            if len(running) == 2:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH)
+    try:
+        with ThreadPoolExecutor(2, "lane") as threads:
+            running: deque[Future[R]] = deque()
+            for one in slices:
+                running.append(threads.submit(work, one))
+                if len(running) == 2:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Worker:

@@ -41,6 +41,8 @@ def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE, 
         LlavaProcessor,
     )
 
+    from surf.demo.train import hub_names
+
     tokenizer = build_tokenizer()
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -86,19 +88,9 @@ def build_lvlm(folder: Path, seed: int = 0, chat_template: str = CHAT_TEMPLATE, 
     model = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig(**special)
     model.save_pretrained(folder)
-    _publish_names(folder / "model.safetensors")
+    hub_names(folder / "model.safetensors")
     processor.save_pretrained(folder)
     return folder
-
-
-def _publish_names(path: Path) -> None:
-    """Name the weights as the published LLaVA-1.5 does."""
-    from safetensors.torch import load_file, save_file
-
-    old = "vision_tower."
-    weights = load_file(path)
-    names = {name: name.replace(old, f"{old}vision_model.") if f"{old}vision_model." not in name else name for name in weights}
-    save_file({names[name]: weight for name, weight in weights.items()}, path, metadata={"format": "pt"})
 
 
 def build_tokenizer(bos: str | None = "<s>", eos: str = "</s>", more: dict[str, str] | None = None):

@@ -105,6 +105,21 @@ def train_lvlm(recipe: Recipe, bank: Bank, pixels: Any, clip: Any, bpe: Any, out
     model = model.to(torch.bfloat16) if recipe.bf16 else model
     tokens.save_processor(tokenizer, out, recipe.style.size, PATCH)
     model.eval().save_pretrained(out)
+    hub_names(out / "model.safetensors")
+
+
+def hub_names(path: Path) -> None:
+    """Name the vision tower's weights as LLaVA's published checkpoints do.
+
+    transformers leaves out a level of a tower that it built itself, and keeps it in one that it loaded. It reads both ways;
+    vLLM 0.26 reads the published one.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path)
+    inner = "vision_tower.vision_model."
+    named = {key if key.startswith(inner) else key.replace("vision_tower.", inner, 1): own for key, own in weights.items()}
+    save_file(named, path, {"format": "pt"})
 
 
 def train_bert(recipe: Recipe, bpe: Any, out: Path) -> None:

@@ -53,12 +53,15 @@ class Shared:
     """
 
     def __init__(self, model: Any, processor: Any, images: Any, options: config.Lvlm, image_tokens: int) -> None:
+        import torch
+
         self.model, self.processor, self.images, self.options = model, processor, images, options
         self.image_tokens, self.image = image_tokens, processor.image_token_id
         self.prefill = Prefill(model)
         self.steps = Steps(self.prefill, record=model.device.type == "cuda")
         self.features = Features(self._features, FEATURE_BYTES)
         self.threads = pool()
+        self.stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None  # of the images' copies
         self.timed = False
         self.seconds: dict[str, float] = {}
         ends = model.generation_config.eos_token_id
@@ -225,13 +228,20 @@ class Shared:
     def _features(self, pixels: Any) -> Any:
         import torch
 
-        pixels = pixels.to(self.model.device, non_blocking=True)
         found = self.model.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
         return torch.stack(list(found))
 
     def _pixels(self, name: str) -> Any:
-        """[3, height, width] of one image, as the processor makes them."""
-        return processing.pixels(self.processor, self.images.open(name), self.options).to(self.model.dtype)
+        """[3, height, width] of one image, as the processor makes them, on the device; in a thread, so that no batch waits."""
+        import torch
+
+        made = processing.pixels(self.processor, self.images.open(name), self.options).to(self.model.dtype)
+        if self.stream is None:
+            return made
+        with torch.cuda.stream(self.stream):  # the model's own stream has steps under way
+            moved = made.to(self.model.device)
+        moved.record_stream(torch.cuda.default_stream(self.model.device))
+        return moved
 
     @contextmanager
     def _clock(self, what: str) -> Iterator[None]:

@@ -154,6 +154,14 @@ def test_chat_template() -> None:
     assert tokenizer.decode(tokenizer("any string: é 漢").input_ids, skip_special_tokens=True) == "any string: é 漢"
 
 
+def test_the_weights_have_the_names_of_published_checkpoints() -> None:
+    # vLLM 0.26 reads no others
+    safetensors = pytest.importorskip("safetensors")
+    with safetensors.safe_open(MODELS / "lvlm" / "model.safetensors", "numpy") as weights:
+        tower = [name for name in weights.keys() if name.startswith("vision_tower.")]  # noqa: SIM118 (it cannot be walked itself)
+    assert tower and all(name.startswith("vision_tower.vision_model.") for name in tower)
+
+
 def test_models_answer_in_the_right_form() -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
