@@ -169,6 +169,7 @@ class Bench:
             saves = Saves(Path(folder) / "part.parquet", dataset, self.sizes.flush, seconds)
             self.stopped.check = saves.check
             whole, _ = _timed(lambda: work(saves))
+        self.stopped.check = lambda: None
         if seconds is None:
             return [row for _, rows in saves.made for row in rows], whole, 0
         return saves.steady()
