@@ -8,12 +8,13 @@ tokens reads all weights of the decoder, unless its products take longer, and th
 at the speed of a large copy; both are counted for the shapes that the batches had, padding included.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from surf import processing, prompts
+import common
+
+from surf import processing, prompts, workers
 from surf.models import Request, decode
 from surf.models.prefix import split
 
@@ -49,19 +50,9 @@ def limits(network: Any) -> Limits:
     a = torch.randn(side, side, device=network.device, dtype=network.dtype)
     source = torch.ones(size, device=network.device, dtype=torch.uint8)
     target = torch.empty_like(source)
-
-    def seconds(work: Any) -> float:
-        for again in (False, True):
-            _wait(network)
-            start = time.perf_counter()
-            for _ in range(times):
-                work()
-            _wait(network)
-            if again:
-                return (time.perf_counter() - start) / times
-        raise AssertionError
-
-    return Limits(2 * side**3 / seconds(lambda: a @ a), 2 * size / seconds(lambda: target.copy_(source)))
+    return Limits(
+        2 * side**3 / common.seconds(lambda: a @ a, times), 2 * size / common.seconds(lambda: target.copy_(source), times)
+    )
 
 
 def products(model: Any, requests: Sequence[Request], lengths: dict[int, int]) -> Products:
@@ -98,8 +89,8 @@ def parts(
     engine = model.shared
     engine.features.clear()
     engine.timed, engine.seconds = True, {}
-    with _steps() as shapes:
-        model.respond(requests, max_new_tokens=limit)
+    with _steps() as shapes:  # in a lane, as in the stage: see `workers.lanes`
+        list(workers.lanes([requests], lambda rows: model.respond(rows, max_new_tokens=limit)))
     engine.timed = False
     work = products(model, requests, lengths)
     rows = sum(groups * width for groups, width, _ in shapes) / len(shapes)
@@ -168,10 +159,3 @@ def _weights(network: Any) -> tuple[int, int]:
     """Numbers in the decoder's layers, and in its head."""
     layers = sum(own.numel() for layer in network.model.language_model.layers for own in layer.parameters())
     return layers, network.get_output_embeddings().weight.numel()
-
-
-def _wait(network: Any) -> None:
-    import torch
-
-    if network.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -4,7 +4,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def kill(running: "subprocess.Popen[str]") -> None:
     for process in [*psutil.Process(running.pid).children(recursive=True), running]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def seconds(work: Callable[[], object], times: int) -> float:
+    """Seconds of a call, after as many calls to warm up; the GPU, if there is one, is waited for."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    begin = end = 0.0
+    for _ in range(2):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(times):
+            work()
+        wait()
+        end = time.perf_counter()
+    return (end - begin) / times
 
 
 def python(*words: str) -> str:

@@ -111,7 +111,7 @@ def compare(args: argparse.Namespace) -> None:
     print(f", {next((row['tokens'] for row in found_rows if 'tokens' in row), 0):,} tokens a sample")
     if reachable := _reachable(out):
         print(f"bfloat16 matrix product of 8192 x 8192 measured at {reachable / 1e12:.0f} TFLOP/s")
-    print("\n" + table(out))
+    print(f"\n{table(out)}\n\n{losses(out)}")
     for row in rows[len(found_rows) :]:
         print(f"not measured, time was over: {row}")
 
@@ -169,6 +169,14 @@ def show(rows: list[dict[str, Any]], out: Path) -> None:
 def table(out: Path) -> str:
     """The rows that are there as Markdown."""
     return common.table(HEAD, [cells(row, out) for row in read(out)])
+
+
+def losses(out: Path) -> str:
+    """The losses of each step, row by row, as Markdown: every row takes the same samples in the same order."""
+    rows = [row for row in read(out) if "losses" in row]
+    longest = max((len(row["losses"]) for row in rows), default=0)
+    head = ["loss of step", *map(str, range(1, longest + 1))]
+    return common.table(head, [[f"{row['row']}@{row['batch']}", *(f"{loss:.3f}" for loss in row["losses"])] for row in rows])
 
 
 def cells(row: dict[str, Any], out: Path) -> list[Any]:
@@ -334,16 +342,8 @@ def matmul() -> float:
     """FLOP/s of a large bfloat16 matrix product on this process's GPU: the peak that can be reached."""
     import torch
 
-    size, times = 8192, 50
-    one = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    for _ in range(5):
-        one @ one
-    torch.cuda.synchronize()
-    begin = time.monotonic()
-    for _ in range(times):
-        one @ one
-    torch.cuda.synchronize()
-    return 2 * size**3 * times / (time.monotonic() - begin)
+    one = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * len(one) ** 3 / common.seconds(lambda: one @ one, 50)
 
 
 if __name__ == "__main__":
