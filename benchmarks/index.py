@@ -113,8 +113,8 @@ def scaled(folder: Path, args: argparse.Namespace) -> None:
             print(f"{common.machine()}\n")
         results.append(json.loads(common.python(__file__, "--build", str(manifest), args.factory).splitlines()[-1]))
     small, large = ([found["seconds"], found["bytes"] / 1e9, found["peak_mb"]] for found in results)
-    slope = [(b - a) / (args.scaled[1] - args.scaled[0]) for a, b in zip(small, large, strict=True)]
-    far = [b + s * (args.target - args.scaled[1]) for b, s in zip(large, slope, strict=True)]
+    steps = (args.target - args.scaled[1]) / (args.scaled[1] - args.scaled[0])
+    far = [max(a, b + (b - a) * steps) for a, b in zip(small, large, strict=True)]  # what does not grow stays as it is
     rows = [[f"{n:,}", *values, found["recall"]] for n, values, found in zip(args.scaled, (small, large), results, strict=True)]
     rows.append([f"{args.target:,} (on the line through both)", *far, ""])
     print(f"{args.factory}, built part by part ({PART:,} vectors each)\n")

@@ -17,19 +17,31 @@ def pool() -> ThreadPoolExecutor:
 
 
 class Ahead:
-    """Calls `work` in threads on the names to come, in their order; ask for the results by name."""
+    """Calls `work` in threads on the names to come, in their order; ask for the results by name.
+
+    No more work is begun until `fill` says so, or a name is asked for that is not at work: the caller chooses a time at which
+    it does not need Python itself.
+    """
 
     def __init__(self, threads: ThreadPoolExecutor, work: Callable[[str], Any], names: Iterable[str]) -> None:
         self.threads, self.work = threads, work
         self.waiting = deque(dict.fromkeys(names))
         self.running: dict[str, Future[Any]] = {}
-        self._fill()
+        self.fill()
 
     def __call__(self, name: str) -> Any:
         """The result for `name`; raises what `work` raised."""
+        if name not in self.running:
+            self.fill()
         future = self.running.pop(name, None) or self.threads.submit(self.work, name)
-        self._fill()
         return future.result()
+
+    def fill(self) -> None:
+        """Begin with the next names, as many as may be ahead."""
+        while self.waiting and len(self.running) < AHEAD:
+            name = self.waiting.popleft()
+            if name not in self.running:
+                self.running[name] = self.threads.submit(self.work, name)
 
     def close(self) -> None:
         """Forget what was not asked for."""
@@ -37,12 +49,6 @@ class Ahead:
         for future in self.running.values():
             future.cancel()
         self.running.clear()
-
-    def _fill(self) -> None:
-        while self.waiting and len(self.running) < AHEAD:
-            name = self.waiting.popleft()
-            if name not in self.running:
-                self.running[name] = self.threads.submit(self.work, name)
 
 
 class Features:

@@ -217,6 +217,7 @@ class Shared:
             features = self.features(names, new)
         with self._clock("prefix"):
             self.prefill.prefix(layout, features, self.image, places(layout.end, layout.width, steps))
+        pixels.fill()  # the device is busy for a while: now the threads may take Python's lock
         return layout
 
     @property

@@ -155,6 +155,7 @@ class Vllm:
                     names = dict.fromkeys(name for row in rows for name in requests[row].prompt.images)
                     pictures = {name: opened(name) for name in names}
                     given = [_given(ids[row], requests[row].prompt.images, pictures) for row in rows]
+                    opened.fill()
                     self.engine.enqueue(given, [wanted[row] for row in rows], use_tqdm=False)
             finally:
                 opened.close()

@@ -9,7 +9,7 @@ import pytest
 from surf import config, prompts
 from surf.errors import ImageError
 from surf.images import Images
-from surf.models import Request, decode, fused, lvlm, prefix, shared
+from surf.models import Request, decode, features, fused, lvlm, prefix, shared
 from surf.models.features import Ahead, Features, pool
 from surf.prompts import Reference
 from surf.shards import stable_hash
@@ -159,6 +159,18 @@ def test_images_are_decoded_ahead_and_errors_reach_the_asker():
             ahead("bad")
         assert ahead("c") == "C" and sorted(done) == ["a", "b", "c", "d"]
         ahead.close()
+
+
+def test_images_ahead_wait_for_their_turn(monkeypatch):
+    monkeypatch.setattr(features, "AHEAD", 2)
+    begun = []
+    with pool() as threads:
+        ahead = Ahead(threads, lambda name: begun.append(name) or name, "abcdef")
+        assert ahead("a") + ahead("b") == "ab" and begun == ["a", "b"]
+        ahead.fill()
+        assert ahead("d") == "d" and sorted(begun) == ["a", "b", "c", "d"]
+        assert ahead("e") == "e" and ahead("c") == "c"  # nobody filled up: asking did
+    assert sorted(begun) == ["a", "b", "c", "d", "e"]
 
 
 def test_groups_and_batches():
