@@ -57,7 +57,7 @@ rule evaluate_candidates:
         suffix=task_suffix,
     shell:
         "python -m surf.candidates --by {wildcards.by} --questions {input.questions} --neighbors {input.neighbors}"
-        f" --catalog {{input.catalog}} --out {{output}} --suffix {{params.suffix:q}} {{params.flags}}{knobs('candidates')}"
+        f" --catalog {{input.catalog}} --out {{output}} --suffix={{params.suffix:q}} {{params.flags}}{knobs('candidates')}"
         " >> {log} 2>&1"
 
 
@@ -82,5 +82,5 @@ rule evaluate_answer:
         max_new_tokens=lambda wildcards: cfg.evaluate.tasks[wildcards.task].max_new_tokens,
     shell:
         "python -m surf.evaluate answer --questions {input.questions} --methods {params.methods:q}"
-        " {params.inputs} --out {output} --suffix {params.suffix:q} --max-new-tokens {params.max_new_tokens}"
+        " {params.inputs} --out {output} --suffix={params.suffix:q} --max-new-tokens {params.max_new_tokens}"
         f" --seed {{params.seed}} {{params.flags}}{knobs('evaluate')} >> {{log}} 2>&1"

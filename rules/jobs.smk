@@ -37,6 +37,12 @@ def variant(wildcards):
     return cfg.variant(wildcards.variant)
 
 
+def unreadable_images(wildcards):
+    """Files with the images that `pair` must not draw as random negatives; none if it draws none."""
+    pair = variant(wildcards)[0] if "variant" in wildcards.keys() else cfg.pair
+    return parts("quarantine/embeddings", CORPUS) if pair.negatives == "random" else []
+
+
 def task_files(wildcards):
     """Input of `evaluate_questions`."""
     return source(cfg.evaluate.tasks[wildcards.task].files.values())

@@ -15,7 +15,7 @@ rule pair:
         answers=manifest("answers"),
         reanswers=manifest("reanswers"),
         catalog=manifest("catalog"),
-        unreadable=parts("quarantine/embeddings", CORPUS) if cfg.pair.negatives == "random" else [],
+        unreadable=unreadable_images,
     output:
         pairs=report(f"{RESULTS}/pairs.parquet", caption="report/pairs.rst", category="Training data"),
         json=f"{RESULTS}/pairs.json",

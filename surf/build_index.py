@@ -45,7 +45,7 @@ def build_index(manifest: Path, options: config.BuildIndex, seed: int, out: Path
     dim = pq.read_schema(parts[0]).field("embedding").type.list_size
     about = store.read_json(manifest)
     factory = choose(about["rows"], dim) if options.factory == "auto" else options.factory
-    empty = _empty(factory, dim, options)
+    empty = new_index(factory, dim, options)
     lists = _lists(empty)
     if lists is None:
         import faiss
@@ -124,7 +124,12 @@ def sample(parts: list[Path], count: int, seed: int) -> np.ndarray:
     return np.concatenate(chosen)
 
 
-def _empty(factory: str, dim: int, options: config.BuildIndex) -> Any:
+def new_index(factory: str, dim: int, options: config.BuildIndex) -> Any:
+    """An empty index that looks at `build_index.probes` lists.
+
+    Raises:
+        SurfError: FAISS does not know the factory string.
+    """
     import faiss
 
     try:

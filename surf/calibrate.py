@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from surf import cli, config, finished, planevaluate, rates, store, weights, workers
+from surf import build_index, cli, config, finished, planevaluate, rates, store, weights, workers
 from surf.errors import SurfError
 from surf.shards import stable_hash
 from surf.tasks import KINDS
@@ -49,6 +50,7 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
     shutil.rmtree(folder, ignore_errors=True)
     folder = folder.absolute()
     folder.mkdir(parents=True)
+    queried = search(cfg, repeats)
     small = sample(cfg, folder, repeats=repeats, images=images, rounds=rounds, questions=questions)
     scores = planevaluate.needed(cfg.evaluate.all_methods().values())
     candidates = [f"{small.results}/evaluate/{task}/candidates/{by}.parquet" for task in small.evaluate.tasks for by in scores]
@@ -56,7 +58,7 @@ def calibrate(cfg: config.Config, folder: Path, *, jobs: int, repeats: int, imag
     found = finished.read(small, "calibration")
     # a small corpus says nothing of the real one: see "search"; what else there is of evaluation is there once a repeat
     stages = {key: stage for key, stage in found.stages.items() if "retrieve" not in key and "evaluate" not in key}
-    stages["search"] = search(cfg, repeats)
+    stages["search"] = queried
     places = {task: _places(task, repeats) for task in cfg.evaluate.tasks}
     evaluation = planevaluate.finished(small, "calibration", places)
     stages.update({key: stage for key, stage in evaluation.items() if stage.row})
@@ -102,14 +104,22 @@ def sample(cfg: config.Config, folder: Path, *, repeats: int, images: int, round
 
 
 def search(cfg: config.Config, repeats: int) -> rates.Stage:
-    """Seconds of one query against a million vectors, by the config's kind of index; a smaller one is timed and scaled."""
-    import faiss
+    """Seconds of one query against a million vectors, by the config's kind of index; a smaller one is timed and scaled.
 
+    Lists of an IVF are so few that they can be trained, and the same share of them is looked at.
+    """
     rng = np.random.default_rng(0)
     dim, size = weights.dim(cfg) or 768, 40_000
     vectors = rng.standard_normal((size, dim), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = faiss.index_factory(dim, cfg.build_index.factory, faiss.METRIC_INNER_PRODUCT)
+    options, few = cfg.build_index, size // 100
+    factory = options.factory
+    if factory == "auto":
+        factory = build_index.choose(len(_rows(cfg.catalog.captions, "captions")), dim)
+    if (lists := re.search(r"IVF(\d+)", factory)) and int(lists[1]) > few:
+        factory = factory.replace(lists[0], f"IVF{few}", 1)
+        options = options.model_copy(update={"probes": max(1, round(options.probes * few / int(lists[1])))})
+    index = build_index.new_index(factory, dim, options)
     if not index.is_trained:
         index.train(vectors)
     index.add(vectors)

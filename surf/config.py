@@ -67,6 +67,8 @@ class BuildIndex(Section):
 class Split(Section):
     """Single question-answer rounds out of SFT conversations."""
 
+    version: ClassVar[int] = 2
+
     conversations: list[Name] = Field(min_length=1, description="LLaVA SFT JSON files.")
     tasks: list[Literal["choice", "short", "box", "caption", "open"]] = Field(
         default=["choice", "short", "box", "caption", "open"], description="Rounds of other tasks are left out."
@@ -222,8 +224,8 @@ class Config(BaseModel):
         if not self.evaluate.tasks:
             raise ValueError("evaluate.tasks must name at least one task")
         for name, task in self.evaluate.tasks.items():
-            if "all" in task.files:
-                raise ValueError(f"evaluate.tasks.{name}.files.all: this name is taken, choose another")
+            for split in {"all", "mean"} & task.files.keys():
+                raise ValueError(f"evaluate.tasks.{name}.files.{split}: this name is taken, choose another")
         for name in self.evaluate.sweeps.of:
             if name not in self.evaluate.methods or not self.evaluate.methods[name].references:
                 raise ValueError(f"evaluate.sweeps.of: {name!r} is no method with references")
@@ -233,7 +235,7 @@ class Config(BaseModel):
                 raise ValueError(f"variants.{name}: this name is taken, choose another")
             pairs[f"variants.{name}.pair"], _ = self.variant(name)
         for name, method in self.evaluate.all_methods().items():
-            if name == "image-blind":
+            if name in ("image-blind", "chance"):
                 raise ValueError(f"evaluate.methods.{name}: this name is taken, choose another")
             if method.model not in ("base", "tuned", *self.variants):
                 raise ValueError(

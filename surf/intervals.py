@@ -82,6 +82,9 @@ def jackknife(measure: Callable[[np.ndarray], dict[str, float]], images: Sequenc
     left = [measure(rows[group != number]) for number in range(GROUPS)]
     found = {}
     for name, value in whole.items():
+        if any(name not in one for one in left):  # a category whose images are all in one group
+            found[name] = Estimate(value, None, None)
+            continue
         spread = math.sqrt((GROUPS - 1) / GROUPS * sum((one[name] - value) ** 2 for one in left))
         found[name] = Estimate(value, value - T_19 * spread, value + T_19 * spread)
     return found

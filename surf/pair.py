@@ -10,6 +10,7 @@ Which samples are kept depends on the seed and the rounds alone, not on the shar
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,16 @@ def _choose(labelled: Sequence[Row], total: int, options: config.Pair, seed: int
         total = min(total, len(both))
     if rest > 1e-9:
         total = min(total, int(len(both) / rest + 1e-9))
-    wanted = {
-        "positive_only": round(total * mix.positive_only),
-        "negative_only": round(total * mix.negative_only),
-        "no_reference": round(total * mix.no_reference),
-    }
-    wanted = {"pair": total - sum(wanted.values()), **wanted}
+    shares = (mix.positive_only, mix.negative_only, mix.no_reference)
+    edges = [0, *(round(total * share) for share in accumulate(shares))]
+    if rest <= 1e-9:
+        edges[-1] = total
+    counts = [end - start for start, end in pairwise([*edges, total])]  # rounded together: they add up
+    wanted = {"pair": counts[-1], **dict(zip(("positive_only", "negative_only", "no_reference"), counts, strict=False))}
     used: set[str] = set()
     chosen = []
     for kind in KINDS:
-        pool = [row for row in _pool(kind, ordered) if row["round_id"] not in used][: max(0, wanted[kind])]
+        pool = [row for row in _pool(kind, ordered) if row["round_id"] not in used][: wanted[kind]]
         if len(pool) < wanted[kind]:
             log.warning("pair.mix: %d of %d samples of kind %s to be had", len(pool), wanted[kind], kind)
         used |= {row["round_id"] for row in pool}

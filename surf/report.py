@@ -156,16 +156,17 @@ def flips(inputs: Inputs, count: int) -> Row:
     runs = pope.read_runs(inputs.pope_answers)
     runs = {name: runs[name] for name in (inputs.baseline, inputs.tuned) if name in runs}
     deltas = differences(runs, inputs.resamples, inputs.seed) if len(runs) == 2 else []
+    # by split and question: several POPE tasks have the same numbers
     before, after = (
-        {row["question_id"]: row for rows in runs.get(name, {}).values() for row in rows}
+        {(split, row["question_id"]): row for split, rows in runs.get(name, {}).items() for row in rows}
         for name in (inputs.baseline, inputs.tuned)
     )
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    groups: dict[str, dict[str, str]] = {"rescued": {}, "harmed": {}}
+    groups: dict[str, dict[str, tuple[str, str]]] = {"rescued": {}, "harmed": {}}
     for key in sorted(before.keys() & after.keys()):
         was, now = (verdict(side[key]["response"]) is side[key]["label"] for side in (before, after))
         kind = {(True, True): "both", (False, True): "rescued", (True, False): "harmed", (False, False): "neither"}[was, now]
-        counts[key.partition("#")[0]][kind] += 1
+        counts[key[0]][kind] += 1
         if kind in groups:  # one question may stand in several splits: show it once
             groups[kind].setdefault(f"{after[key]['image']}\n{after[key]['question']}", key)
     chosen = {kind: [keys[text] for text in pages.stable(keys, count)] for kind, keys in groups.items()}

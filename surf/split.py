@@ -114,7 +114,7 @@ def _check(row: Any) -> tuple[str, list[tuple[str, str]]]:
     tags = sum(question.count(prompts.IMAGE) for question, _ in pairs)
     if tags > 1:
         raise ValueError(f"has {tags} <image> tags for one image")
-    pairs = [(prompts.clean(question.replace(prompts.IMAGE, "")), answer.strip()) for question, answer in pairs]
+    pairs = [(prompts.clean(question.replace(prompts.IMAGE, "")), prompts.clean(answer)) for question, answer in pairs]
     if not all(question and answer for question, answer in pairs):
         raise ValueError("a question or an answer is empty")
     return image, pairs

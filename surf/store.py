@@ -270,13 +270,15 @@ def forget(part: Path) -> None:
 def sweep(folder: Path) -> int:
     """Remove what is not needed below `folder` when no job is at work; the number of files that killed writers left.
 
-    These are temporary files, but for those of processes that are alive on this machine. Saved rows of finished parts go too.
+    These are temporary files, but for those of processes that are alive on this machine. Saved rows of finished parts go too,
+    but not beside a part that says what it `depends` on: it may be older than they are, and its job forgets them itself.
     """
     strays = [path for path in folder.rglob(".*.tmp") if writer_is_gone(path, elsewhere=True)]
     for path in strays:
         path.unlink(missing_ok=True)
     for path in list(folder.rglob("_partial/*")):
         part = path.parent.parent / f"{path.name}.parquet"
-        if part.exists():
-            forget(part)
+        with suppress(SurfError):  # no part that can be read: no reason to forget
+            if part.exists() and "depends" not in footer(part)[1]:
+                forget(part)
     return len(strays)

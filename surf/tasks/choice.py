@@ -35,7 +35,7 @@ def _question(row: files.Row, data: bytes, place: str, split: str) -> Question:
     if choices is None and (choices := _columns(row)):
         question += "".join(f"\n{letter}. {text}" for letter, text in zip(ascii_uppercase, choices, strict=False))
     answer = files.text(row, "answer", place).strip().upper()
-    if answer not in ascii_uppercase[: len(choices) if choices else 26]:
+    if answer not in list(ascii_uppercase[: len(choices) if choices else 26]):
         letters = f"a letter from A to {ascii_uppercase[len(choices) - 1]}" if choices else "a letter"
         raise SurfError(f"answer is {files.short(row['answer'])}", where=place, expected=letters)
     return Question(
@@ -96,16 +96,24 @@ def chance(questions: Sequence[Question]) -> float | None:
 def chosen(response: str, choices: Sequence[str] | None) -> str | None:
     """The letter of the option that a response names, or None for none or several.
 
-    A letter counts where `surf.metrics.letter` reads one, never inside a word; otherwise the option whose text the response
-    is or contains.
+    The text of one option, of several words, names it: "Vitamin A." is no letter. Else a letter counts where
+    `surf.metrics.letter` reads one, never inside a word; otherwise the option whose text the response contains.
     """
     from surf.metrics import letter
 
+    said = _plain(response)
+    alike = [place for place, text in enumerate(choices or ()) if len(said) > 1 and _plain(text) == said]
+    if len(alike) == 1:
+        return ascii_uppercase[alike[0]]
     found = letter(response)
     if choices is None or (found is not None and found in ascii_uppercase[: len(choices)]):
         return found
     place = named(response, choices)
     return None if place is None else ascii_uppercase[place]
+
+
+def _plain(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 def named(response: str, names: Sequence[str]) -> int | None:

@@ -128,7 +128,7 @@ def _tsv(path: Path) -> Iterator[tuple[str, Row, bytes]]:
             header = file.readline().rstrip("\r\n").split("\t")
         table = csv.read_csv(
             path,
-            read_options=csv.ReadOptions(block_size=max(path.stat().st_size, 1 << 20), use_threads=False),
+            read_options=csv.ReadOptions(block_size=min(max(path.stat().st_size, 1 << 20), 2**31 - 1), use_threads=False),
             parse_options=csv.ParseOptions(delimiter="\t", newlines_in_values=True),
             convert_options=csv.ConvertOptions(column_types={key: pa.string() for key in header}, strings_can_be_null=False),
         )

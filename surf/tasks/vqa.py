@@ -64,7 +64,7 @@ def score(responses: Sequence[str], questions: Sequence[Question]) -> list[float
     Responses and gold answers are normalised alike. A question with a single gold answer scores 1 or 0.
     """
     return [
-        _accuracy(Counter(map(normalised, question["answers"])), normalised(response))
+        _accuracy(Counter(map(_compared, question["answers"])), _compared(response))
         for response, question in zip(responses, questions, strict=True)
     ]
 
@@ -78,10 +78,15 @@ def chance(questions: Sequence[Question]) -> float | None:
     """What the best single answer to all questions scores; on VizWiz that is "unanswerable"."""
     totals: defaultdict[str, float] = defaultdict(float)
     for question in questions:
-        gold = Counter(map(normalised, question["answers"]))
+        gold = Counter(map(_compared, question["answers"]))
         for answer in gold:
             totals[answer] += _accuracy(gold, answer)
     return max(totals.values()) / len(questions) if totals else None
+
+
+def _compared(text: str) -> str:
+    """`normalised`; of a text of which nothing is left ("A", "?") more stays, else an empty response would be equal to it."""
+    return normalised(text) or " ".join(_words(text)) or text.strip()
 
 
 def _accuracy(gold: Counter[str], answer: str) -> float:
@@ -118,14 +123,17 @@ def normalised(text: str) -> str:
     touches a blank or a comma stands between digits; number words up to ten become digits; articles go; contractions get
     their apostrophe back.
     """
+    return " ".join(_CONTRACTIONS.get(word, word) for word in _words(text) if word not in _ARTICLES)
+
+
+def _words(text: str) -> list[str]:
     text = bare = " ".join(text.replace("’", "'").split())
     grouped = re.search(r"\d,\d", text) is not None
     for mark in _MARKS:
         glued = grouped or f"{mark} " in text or f" {mark}" in text
         bare = bare.replace(mark, "" if glued else " ")
     words = re.sub(r"\.(?!\d)", "", bare).lower().split()
-    words = [_NUMBERS.get(word, word) for word in words]
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return [_NUMBERS.get(word, word) for word in words]
 
 
 def _contractions() -> dict[str, str]:

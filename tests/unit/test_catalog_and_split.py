@@ -144,6 +144,13 @@ def test_bad_conversations_go_to_quarantine(tmp_path, row, error):
     assert list(errors) == [f"{tmp_path / 's.json'}[1]"] and error in errors[f"{tmp_path / 's.json'}[1]"]
 
 
+def test_answers_cannot_pose_as_markup_either(tmp_path):
+    rounds, errors, _ = read_split(
+        tmp_path, [{"id": "g", "image": "a.jpg", "conversations": turns("Q?", "it is <image> a tag")}]
+    )
+    assert [one.answer for one in rounds] == ["it is   a tag"] and not errors
+
+
 def many(images, rounds):
     return [
         {"id": f"{i}-{r}", "image": f"{i}.jpg", "conversations": turns("<image>\nQ?", "A", "R?", "B")}

@@ -67,6 +67,8 @@ def test_documentation_of_the_keys_is_up_to_date():
         (with_(evaluate={"methods": {"a b": {"model": "base"}}}), "evaluate.methods.a b"),
         (with_(evaluate={"methods": {"x": {"model": "best"}}}), "evaluate.methods.x.model = 'best'"),
         (with_(evaluate={"methods": {"image-blind": {"model": "base"}}}), "this name is taken"),
+        (with_(evaluate={"methods": {"chance": {"model": "base"}}}), "this name is taken"),
+        (with_(evaluate={"tasks": {"x": {"kind": "pope", "files": {"mean": "f"}}}}), "files.mean: this name is taken"),
         (with_(evaluate={"methods": {"x": {"model": "base", "references": 11}}}), "must not exceed retrieve.references"),
         (with_(evaluate={"methods": {"x": {"model": "base", "gate": 0.5}}}), "gate without references"),
         (

@@ -218,6 +218,12 @@ def test_the_jackknife_of_a_mean_is_the_usual_standard_error():
     assert intervals.jackknife(lambda rows: {"mean": 1.0}, ["a", "b"])["mean"] == (1.0, None, None)
 
 
+def test_a_category_in_one_group_of_images_has_no_interval():
+    names = [str(n) for n in range(2000)]
+    found = intervals.jackknife(lambda rows: {"all": float(len(rows))} | ({"rare": 1.0} if 7 in rows else {}), names)
+    assert found["rare"] == (1.0, None, None) and found["all"].low is not None
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -203,6 +203,15 @@ def test_mix_has_the_configured_shares(mix, expected):
         )
 
 
+@pytest.mark.parametrize("samples", [3, 5, 2003])
+def test_shares_are_rounded_together(samples):
+    rows = labelled(both=3 * samples, positive=0, negative=0)
+    mix = config.Mix(positive_only=0.5, negative_only=0.5)
+    chosen = pair.choose(rows, config.Pair(samples=samples, harmed=0.0, mix=mix), seed=0)
+    counts = Counter(row["kind"] for row in chosen)
+    assert len(chosen) == samples and abs(counts["positive_only"] - counts["negative_only"]) == 1 and "pair" not in counts
+
+
 def sample(positive_first, kind="pair"):
     def reference(name):
         return {"image_id": 1, "image": f"{name}.jpg", "caption": f"Caption {name}", "similarity": 0.5, "gain": 1.0}

@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,18 @@ def test_rescues_and_harms_are_counted_by_split(tree):
     assert len({row["question"] for row in found["rescued"]}) == 3  # one question of two splits stands once
     assert [pair.image for pair in found["rescued"][0]["pairs"]] == ["a.png", "gone.png"]
     assert found["delta"].value == pytest.approx((expected["rescued"] - expected["harmed"]) / 20)
+
+
+def test_rescues_of_several_tasks_are_counted_apart(tree):
+    files = list(tree.pope_answers)
+    for path in files:  # a second task with the same question ids, and fewer of them
+        rows = store.rows(store.read_table(path, "evaluate/answers"))[:8]
+        meta = {**store.footer(path)[1], "task": "gqa"}
+        other = path.parent.parent.parent / "gqa" / path.name
+        store.write_table(other, store.table_of(rows, "evaluate/answers"), "evaluate/answers", meta)
+        files = [*files, other]
+    alone, both = report.flips(tree, 3), report.flips(replace(tree, pope_answers=files), 3)
+    assert both["counts"]["pope/random"] == alone["counts"]["random"] and sum(both["counts"]["gqa/random"].values()) == 8
 
 
 def test_equal_results_give_equal_bytes(tmp_path):

@@ -139,6 +139,15 @@ def test_unfinished_work_is_found_again_and_only_under_equal_settings(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_keeps_rows_beside_a_part_that_may_be_older_than_they_are(tmp_path):
+    swept, kept = (store.Partial(tmp_path / f"{name}.parquet", "answers", flags="") for name in ("declared", "method"))
+    for partial, meta in ((swept, {}), (kept, {"depends": "other settings"})):
+        store.write_table(partial.out, answers("a"), "answers", meta)
+        partial.save(answers("b"))
+    store.sweep(tmp_path)
+    assert (swept.read().num_rows, kept.read().num_rows) == (0, 1)
+
+
 def test_a_torn_piece_of_unfinished_work_is_made_anew(tmp_path):
     partial = store.Partial(tmp_path / "p.parquet", "answers", flags="")
     partial.save(answers("a"))

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from popedata import question_rows, write_lines
@@ -161,6 +161,7 @@ def test_options_in_columns_join_the_question(tmp_path):
     [
         ({"answer": ["A", "C", "C"]}, "row 2: answer is 'C'; expected a letter from A to B"),
         ({"answer": ["A", "", "C"]}, "row 2: answer is ''"),
+        ({"answer": ["A", "AB", "C"]}, "row 2: answer is 'AB'"),
         ({"index": [0, 1, 1]}, "row 3: question_id 1 stands twice"),
         ({"image": [{"bytes": b"x"}, {"bytes": None}, {"bytes": b"y"}]}, "row 2: image is .*the image's bytes"),
         ({"image": pa.nulls(3)}, "row 1: image is None"),
@@ -385,6 +386,11 @@ def test_answers_are_normalised_as_the_vqa_evaluation_says(text, expected):
     assert normalised(text) == expected
 
 
+def test_a_gold_answer_of_nothing_but_an_article_or_a_mark_is_not_the_empty_answer():
+    assert [score("vqa", response, *["A"] * 10) for response in ("a", "A.", "the", "")] == [1.0, 1.0, 0.0, 0.0]
+    assert [score("vqa", response, *["?"] * 10) for response in ("?", "")] == [1.0, 0.0]
+
+
 @pytest.mark.parametrize(("said", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_leaves_one_annotator_out(said, expected):
     assert score("vqa", "cat", *["cat"] * said, *["dog"] * (10 - said)) == pytest.approx(expected)
@@ -396,6 +402,7 @@ TEXT = st.text(st.sampled_from("abcdot eANS.,'?-_:\n13éß"), max_size=25)
 @FEW
 @given(TEXT, st.lists(TEXT, min_size=2, max_size=10))
 def test_vqa_accuracy_is_the_mean_over_all_subsets(response, answers):
+    assume(all(map(normalised, [response, *answers])))
     subsets = list(combinations([normalised(answer) for answer in answers], len(answers) - 1))
     expected = sum(min(subset.count(normalised(response)) / 3, 1) for subset in subsets) / len(subsets)
     assert score("vqa", response, *answers) == pytest.approx(expected)
@@ -439,6 +446,12 @@ OPTIONS = ["a dining table", "Tables", "table", "12", "a cat and a dog", "yes"]
 )
 def test_an_option_is_read_from_its_letter_or_its_text(response, expected):
     assert chosen(response, OPTIONS) == expected
+
+
+def test_the_text_of_an_option_that_ends_with_a_letter_is_that_option():
+    options = ["Point C", "Point A", "Point B", "Point D"]
+    assert [chosen(f"{text}{end}", options) for end in ("", ".") for text in options] == list("ABCDABCD")
+    assert chosen("A. Point C", options) == "A"
 
 
 @FEW

@@ -101,6 +101,21 @@ def test_a_config_file_takes_the_place_of_the_examples(workflow):
     assert "surf/demo" not in output
 
 
+def test_an_empty_suffix_and_a_variant_s_random_negatives_reach_their_commands(workflow):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["evaluate"]["tasks"] = {"captions": {"kind": "caption", "files": {"val": "c.json"}}}
+    (workflow.folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    (workflow.folder / "c.json").touch()
+    output = workflow.run("-n", "-p", "--configfile", "mine.yaml").output
+    commands = [line for line in output.splitlines() if "-m surf." in line]
+    suffixes = [line for line in commands if "--suffix" in line]
+    assert suffixes and all("--suffix= --" in line or "--suffix= " in line for line in suffixes)
+    pairs = {re.search(r"--out \S+", line)[0]: line for line in commands if "-m surf.pair" in line}
+    random = pairs.pop("--out results/variants/random-negatives/pairs.parquet")
+    assert "--unreadable results/quarantine/embeddings/part-" in random
+    assert pairs and all("--unreadable  --out" in line for line in pairs.values())
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
