@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: example test lint install slurm clean
+.PHONY: example test lint
 
 # The models are tiny and run on the CPU: two of them at a time are fine.
 example: .venv/installed ## the whole pipeline on the embedded world; then open results/report.html
