@@ -116,9 +116,14 @@ def render(failed: list[Failure], command: list[str]) -> str:
     lines = [f"{len(failed)} job{'s' * (len(failed) > 1)} failed:"]
     for job in failed:
         tries = f", {job.attempts} attempts" if job.attempts > 1 else ""
-        lines += [f"  {job.rule} -> {job.output}{tries}", f"    why: {job.reason}"]
+        made = f" -> {job.output}" if job.output else ""
+        lines += [f"  {job.rule}{made}{tries}", f"    why: {job.reason}"]
         lines += [f"    log: {path}" for path in job.logs]
-    again = shlex.join([command[0], *dict.fromkeys(job.output for job in failed if job.output), *command[1:]])
+    # a command without targets is the whole run; `check` again is no use before what it found is mended
+    targets = dict.fromkeys(job.output or job.rule for job in failed if job.rule != "check")
+    if not targets:
+        return "\n".join([*lines, "next: mend what its log calls WRONG, then the same command again."])
+    again = shlex.join([command[0], *targets, *command[1:]])
     lines += ["next, just these:", f"  {again}", "or the same command as before, which goes on with everything."]
     return "\n".join(lines)
 

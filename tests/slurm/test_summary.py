@@ -71,6 +71,16 @@ def test_the_next_command_makes_just_the_failed_parts(tmp_path):
     assert summary.render([], ["snakemake"]) == ""
 
 
+def test_a_failed_check_is_not_told_to_start_the_whole_run(tmp_path):
+    check = "Error in rule check:\n    jobid: 1\n    log: check.log (check log file(s) for error details)\n"
+    text = summary.render(summary.failures(check, tmp_path), ["snakemake", "--cores", "all"])
+    assert text.startswith("1 job failed:\n  check\n") and "next: mend what" in text and "snakemake --cores" not in text
+    both = summary.render(summary.failures(check + failed(2), tmp_path), ["snakemake"])
+    assert "\n  snakemake results/answers/part-00000-of-00002.parquet\n" in both
+    bare = summary.render(summary.failures(check.replace("check:", "draw:"), tmp_path), ["snakemake"])
+    assert "\n  snakemake draw\n" in bare, "without an output the rule's name is the target"
+
+
 def test_targets_are_taken_out_of_the_command_line(monkeypatch):
     monkeypatch.setattr("sys.argv", ["snakemake", "pairs", "model", "--profile", "slurm", "--retries", "1", "--config", "a=1"])
     assert summary.command_line() == ["snakemake", "--profile", "slurm", "--retries", "1", "--config", "a=1"]
