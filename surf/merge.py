@@ -39,8 +39,9 @@ def merge(dataset: str, parts: Sequence[Path], out: Path) -> None:
         entries.append({"file": path.name, "rows": metadata.num_rows, "bytes": content, "digest": meta["digest"]})
     for what, found in (("stage versions", versions), ("schemas", schemas)):
         if len(found) > 1:
-            again = " ".join(str(path) for path in list(found.values())[:-1])
-            raise SurfError(f"the parts have {len(found)} {what}", where=str(out.parent), next=f"snakemake --force {again}")
+            older = " ".join(str(path) for path in list(found.values())[:-1])
+            again = f"rm {older}, then {store.AGAIN}"
+            raise SurfError(f"the parts have {len(found)} {what}", where=str(out.parent), next=again)
     store.check_unique(pa.concat_tables(keys).combine_chunks(), dataset, str(out.parent))
     manifest = {
         "dataset": dataset,

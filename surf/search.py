@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from surf.errors import SurfError
+from surf.store import AGAIN
 
 BLOCK_ROWS = 262_144  # vectors of the corpus compared at a time: 0.8 GB of 768 float32 numbers
 BLOCK_QUERIES = 4_096  # the scores of one step then take 4.3 GB
@@ -35,7 +36,7 @@ def load(path: Path) -> Any:
         index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
     except RuntimeError as error:
         message = str(error).splitlines()[-1].split("Error: ")[-1]
-        raise SurfError(f"cannot be read ({message})", where=str(path), next=f"rm {path}; snakemake {path}") from None
+        raise SurfError(f"cannot be read ({message})", where=str(path), next=f"rm {path}, then {AGAIN}") from None
     if not gpu():
         return index
     if (flat := Exact.of(index, "cuda")) is not None:

@@ -29,6 +29,8 @@ from surf.files import writer_is_gone
 from surf.schemas import KEYS, SCHEMAS, with_dim
 
 MANIFEST = "_manifest.json"
+# What makes a file anew. No target: only the user knows the cores, the profile and the config that go with it.
+AGAIN = "your snakemake command again"
 # Numbers of embeddings hardly repeat: dictionaries of them make reading ten times slower, and no file smaller. Their statistics
 # take a third of the time of writing. Bytes of equal weight side by side are written faster, and are somewhat smaller.
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -117,13 +119,12 @@ def footer(path: Path) -> tuple[pq.FileMetaData, dict[str, str]]:
     Raises:
         SurfError: the file is missing or torn; says how to make it anew.
     """
-    again = f"delete it and run: snakemake {path}"
     try:
         metadata = pq.read_metadata(path)
     except FileNotFoundError:
-        raise SurfError("there is no such file", where=str(path), next=f"snakemake {path}") from None
+        raise SurfError("there is no such file", where=str(path), next=AGAIN) from None
     except (OSError, pa.ArrowException) as error:
-        raise SurfError(f"is no whole Parquet file ({_first_line(error)})", where=str(path), next=again) from None
+        raise SurfError(f"is no whole Parquet file ({_first_line(error)})", where=str(path), next=_anew(path)) from None
     pairs = {k.decode(): v.decode() for k, v in (metadata.metadata or {}).items()}
     return metadata, {k.removeprefix("surf."): v for k, v in pairs.items() if k.startswith("surf.")}
 
@@ -134,7 +135,7 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
     Raises:
         SurfError: no manifest, another dataset, or a part that is missing or differs.
     """
-    again = f"rm {manifest} && snakemake {manifest}" if manifest.exists() else f"snakemake {manifest}"
+    again = _anew(manifest) if manifest.exists() else AGAIN
     content = read_json(manifest, expected="a manifest written by `merge`", next=again)
     if not isinstance(content, dict) or not content.keys() >= {"dataset", "parts"}:
         raise SurfError("is no manifest", where=str(manifest), expected="a manifest written by `merge`", next=again)
@@ -145,7 +146,7 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
         path = manifest.parent / part["file"]
         meta = footer(path)[1]
         if meta.get("digest") != part["digest"]:
-            raise SurfError("differs from the manifest", where=str(path), next=f"rm {manifest} && snakemake {manifest}")
+            raise SurfError("differs from the manifest", where=str(path), next=_anew(manifest))
         paths.append(path)
     return paths
 
@@ -163,8 +164,7 @@ def _read_part(path: Path, dataset: str, columns: Sequence[str] | None) -> pa.Ta
     try:
         table = pq.read_table(path, columns=list(columns) if columns else None, partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        again = f"delete it and run: snakemake {path}"
-        raise SurfError(f"cannot be read ({_first_line(error)})", where=str(path), next=again) from None
+        raise SurfError(f"cannot be read ({_first_line(error)})", where=str(path), next=_anew(path)) from None
     expected = _schema(dataset, table.schema)
     if columns:
         expected = pa.schema([expected.field(name) for name in columns])
@@ -189,6 +189,10 @@ def _names(dataset: str) -> list[str]:
 
 def _describe(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
+
+
+def _anew(path: Path) -> str:
+    return f"rm {path}, then {AGAIN}"
 
 
 def _first_line(error: Exception) -> str:

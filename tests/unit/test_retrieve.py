@@ -160,7 +160,7 @@ def test_an_index_that_is_built_part_by_part_on_disk_equals_the_one_in_memory(tm
     for one, other in zip(found.search(vectors, 12), memory.search(vectors, 12), strict=True):
         assert (one == other).all()
     (tmp_path / "b/index.ivfdata").unlink()
-    with pytest.raises(SurfError, match=r"index\.faiss: cannot be read .*next: rm .*index\.faiss; snakemake"):
+    with pytest.raises(SurfError, match=r"index\.faiss: cannot be read .*next: rm .*index\.faiss, then your snakemake command"):
         search.load(tmp_path / "b/index.faiss")
 
 
