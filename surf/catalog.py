@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from surf import cli, config, merge, prompts, quarantine, store
-from surf.errors import SurfError
+from surf.errors import SurfError, first_of
 from surf.schemas import SCHEMAS
 from surf.shards import part_names, row_range
 
@@ -45,7 +45,12 @@ def catalog(options: config.Catalog) -> tuple[pa.Table, dict[str, str]]:
             images.append(image)
             captions.append(short)
     if not images:
-        raise SurfError("there is no image-caption pair", where=", ".join(options.captions), expected="a corpus")
+        raise SurfError(
+            f"there is no image-caption pair ({first_of(errors)})",
+            where=", ".join(options.captions),
+            expected='rows {"image", "caption"} or {"image", "conversations": [{"from": "human"}, {"from": "gpt", "value"}]}',
+            next="see docs/data.md, then mend the file or catalog.captions",
+        )
     if cuts:
         log.warning("%d captions were longer than catalog.max_caption_chars and were cut", cuts)
     columns = [pa.array(range(len(images)), pa.int64()), pa.array(images, pa.string()), pa.array(captions, pa.string())]

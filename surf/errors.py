@@ -1,5 +1,7 @@
 """The one error a user is meant to read."""
 
+from collections.abc import Mapping
+
 
 class SurfError(Exception):
     """A mistake the user can mend. It prints as one paragraph and ends the stage with exit code 2.
@@ -19,6 +21,11 @@ class SurfError(Exception):
         if next:
             parts.append(f"next: {next}")
         super().__init__("; ".join(parts))
+
+
+def first_of(errors: Mapping[str, str]) -> str:
+    """What is wrong with the first three rows, by their keys."""
+    return "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:3])
 
 
 class ImageError(Exception):

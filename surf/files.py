@@ -83,7 +83,17 @@ def read_json(path: Path, *, expected: str = "a JSON file", next: str = "") -> A
 
 def read_rows(path: Path, expected: str) -> list[Any]:
     """Read a JSON file that must hold a list with at least one row; `expected` says of what, and which key names the file."""
-    rows = read_json(path, expected=expected)
+    try:
+        rows = read_json(path, expected=expected)
+    except SurfError as error:
+        if "unexpected content after document" not in error.what:
+            raise
+        raise SurfError(
+            "looks like JSON lines, which are not read here",
+            where=str(path),
+            expected=expected,
+            next=f"jq -s . {path} > {path.stem}.list.json, and name that file in the config",
+        ) from None
     if not isinstance(rows, list) or not rows:
         raise SurfError("holds no rows", where=str(path), expected=expected)
     return rows

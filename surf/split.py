@@ -8,13 +8,13 @@ All rounds of one image stand in one part, next to each other.
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surf import cli, config, prompts, quarantine, store
-from surf.errors import SurfError
+from surf.errors import SurfError, first_of
 from surf.shards import parse_part, shard_of, stable_hash
 
 log = logging.getLogger("surf")
@@ -44,7 +44,13 @@ def split(options: config.Split) -> tuple[list[Round], dict[str, str], Counter[s
     Raises:
         SurfError: a file is missing, no JSON, no list, or not one round is left.
     """
-    rounds: list[Round] = []
+    conversations, errors, left_out = read(options)
+    return choose(conversations, errors, left_out, options), errors, left_out
+
+
+def read(options: config.Split) -> tuple[list[list[Round]], dict[str, str], Counter[str]]:
+    """The rounds of each conversation with an image, as `split`; `errors` counts the conversations that could not be used."""
+    conversations: list[list[Round]] = []
     errors: dict[str, str] = {}
     left_out: Counter[str] = Counter()
     seen: Counter[str] = Counter()
@@ -62,13 +68,27 @@ def split(options: config.Split) -> tuple[list[Round], dict[str, str], Counter[s
             seen[conversation] += 1
             if seen[conversation] > 1:  # LLaVA's mix uses one id for several conversations on one image
                 conversation += f"@{seen[conversation]}"
-            rounds += list(_split_one(conversation, image, turns))
+            conversations.append(list(_split_one(conversation, image, turns)))
+    return conversations, errors, left_out
+
+
+def choose(
+    conversations: Sequence[Sequence[Round]], errors: Mapping[str, str], left_out: Counter[str], options: config.Split
+) -> list[Round]:
+    """The rounds that `options` keep, those of an image next to each other; counts the others in `left_out`."""
+    rounds = [one for rounds in conversations for one in rounds]
     kept = [one for one in rounds if one.task in options.tasks]
     left_out["rounds of other tasks"] += len(rounds) - len(kept)
     if not kept:
-        raise SurfError("there is no round with an image", where=", ".join(options.conversations), expected="LLaVA SFT rows")
-    kept = _limit(kept, options.limit)
-    return sorted(kept, key=lambda one: one.image), errors, left_out
+        found = [f"{count} {what} left out" for what, count in left_out.items() if count]
+        found += [f"{len(errors)} unusable, such as {first_of(errors)}"] if errors else []
+        raise SurfError(
+            f"there is no round with an image ({'; '.join(found)})",
+            where=", ".join(options.conversations),
+            expected='rows {"id", "image", "conversations": [{"from": "human", "value"}, {"from": "gpt", "value"}, …]}',
+            next="see docs/data.md, then mend the file, split.conversations or split.tasks",
+        )
+    return sorted(_limit(kept, options.limit), key=lambda one: one.image)
 
 
 def task_of(question: str, answer: str) -> str:
@@ -121,13 +141,19 @@ def _check(row: Any) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _limit(rounds: list[Round], limit: int | None) -> list[Round]:
-    """Whole images, in the order of their hash, until the limit is reached."""
+    """Whole images, in the order of their hash, until the limit is reached; SurfError if the first one exceeds it."""
     if limit is None or len(rounds) <= limit:
         return rounds
     by_image = Counter(one.image for one in rounds)
     kept, total = set(), 0
     for image in sorted(by_image, key=lambda name: (stable_hash(name), name)):
         if total + by_image[image] > limit:
+            if not kept:
+                raise SurfError(
+                    f"split.limit is {limit}, and the first image has {by_image[image]} rounds, which stay together",
+                    expected=f"at least {by_image[image]}",
+                    next="raise split.limit in the config",
+                )
             break
         kept.add(image)
         total += by_image[image]
@@ -145,15 +171,16 @@ def main() -> None:
         extras={"part": {"required": True}},
     )
     index, count = parse_part(args.part)
-    rounds, errors, left_out = split(args.split)
+    conversations, errors, left_out = read(args.split)
+    rounds = choose(conversations, errors, left_out, args.split)
     for what, number in left_out.items():
         log.info("%d %s left out", number, what)
     mine = [vars(one) for one in rounds if shard_of(one.image, count) == index]
-    bad = {key: error for key, error in errors.items() if shard_of(key, count) == index}
-    total = (len(rounds) + len(errors)) // count
-    quarantine.settle(
-        args.quarantine, bad, dataset="rounds", stage="split", total=total, max_bad_share=args.images.max_bad_share
-    )
+    # The share is one of all conversations, so that every part comes to the same verdict.
+    total, share = len(conversations) + len(errors), args.images.max_bad_share
+    if len(errors) <= share * total:
+        errors = {key: error for key, error in errors.items() if shard_of(key, count) == index}
+    quarantine.settle(args.quarantine, errors, dataset="rounds", stage="split", total=total, max_bad_share=share)
     meta = {"stage": "split", "version": args.split.version, "flags": cli.flags(split=args.split), "left_out": left_out}
     store.write_table(args.out, store.table_of(mine, "rounds"), "rounds", meta)
     log.info("%d of %d rounds in %s", len(mine), len(rounds), args.part)

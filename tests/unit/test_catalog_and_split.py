@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 
-from surf import config, shards
+from surf import config, shards, store
 from surf.catalog import catalog
 from surf.errors import SurfError
 from surf.split import CHOICE, SHORT, split, task_of
+from surf.split import main as split_main
 
 
 def write(path, value):
@@ -183,3 +184,45 @@ def test_limit_keeps_whole_images_and_tasks_select(tmp_path):
 def test_text_only_file_is_an_error(tmp_path):
     with pytest.raises(SurfError, match="no round with an image"):
         read_split(tmp_path, [{"id": 1, "conversations": turns("Hello", "Hi")}])
+
+
+def test_the_wrong_format_says_what_was_found_and_what_is_expected(tmp_path):
+    with pytest.raises(SurfError) as found:
+        read_catalog(tmp_path, [{"file": f"{n}.jpg", "text": "x"} for n in range(5)])
+    assert "c.json[2]: has no image)" in str(found.value) and 'expected rows {"image", "caption"}' in str(found.value)
+    with pytest.raises(SurfError) as found:
+        read_split(tmp_path, [{"image": "a.jpg", "turns": []}, {"id": 1, "conversations": turns("Hello", "Hi")}])
+    text = str(found.value)
+    assert "1 text-only conversations left out; 1 unusable, such as " in text
+    assert "s.json[0]: conversations is no list" in text and 'expected rows {"id", "image", "conversations"' in text
+    with pytest.raises(SurfError, match=r"4 rounds of other tasks left out.*split\.tasks"):
+        read_split(tmp_path, many(2, 1), tasks=["box"])
+
+
+@pytest.mark.parametrize("read", [read_catalog, read_split])
+def test_json_lines_are_called_by_their_name(tmp_path, read):
+    with pytest.raises(SurfError, match=r"\.json: looks like JSON lines.*next: jq -s \. "):
+        read(tmp_path, '{"image": "a.jpg", "caption": "x"}\n{"image": "b.jpg", "caption": "y"}\n')
+
+
+def test_a_limit_below_the_first_image_names_the_smallest_that_works(tmp_path):
+    with pytest.raises(SurfError, match=r"split\.limit is 5, .*expected at least 6"):
+        read_split(tmp_path, many(20, 3), limit=5)
+    assert len(read_split(tmp_path, many(20, 3), limit=6)[0]) == 6
+
+
+@pytest.mark.parametrize(("share", "fails"), [(0.19, True), (0.2, False)])
+def test_all_parts_come_to_one_verdict_about_the_share_of_bad_conversations(tmp_path, monkeypatch, share, fails):
+    """One of five conversations is bad, in a part of its own; the others have two rounds each."""
+    name, refused, keys = write(tmp_path / "s.json", [*many(4, 1), {"image": "a.jpg"}]), [], []
+    for part in shards.part_names(7):
+        out, bad = tmp_path / f"{part}.parquet", tmp_path / f"bad-{part}.parquet"
+        words = f"--part {part} --out {out} --quarantine {bad} --images.max_bad_share {share} --split.conversations"
+        monkeypatch.setattr("sys.argv", ["split", *words.split(), json.dumps([name])])
+        try:
+            split_main()
+            keys += store.read_table(bad, "quarantine")["key"].to_pylist()
+        except SurfError as error:
+            refused.append(str(error))
+    assert len(refused) == (7 if fails else 0) and all("1 of 5 rows are unusable" in text for text in refused)
+    assert keys == ([] if fails else [f"{name}[4]"])
