@@ -45,10 +45,11 @@ def read_answers(path: Path, questions: list[Question]) -> list[str]:
     """Answers of a published file, in the order of `questions`; joined by id, never by order.
 
     The file holds JSON lines, or a JSON list, of question_id and the answer under text, answer or prediction. Where a row
-    carries the question (prompt or question) or the image, they must be those of the id.
+    carries the question (prompt, question, or text beside an answer) or the image, they must be those of the id.
 
     Raises:
-        SurfError: a bad line, an unknown, missing or repeated id, another question or image under an id.
+        SurfError: a bad line, a question in place of an answer, an unknown, missing or repeated id, another question or image
+            under an id.
     """
     known = {question.question_id: question for question in questions}
     answers: dict[str, str] = {}
@@ -97,11 +98,26 @@ def _answer(row: dict[str, Any], question: Question, place: str) -> str:
     keys = [key for key in _ANSWER_KEYS if key in row]
     if not keys:
         raise SurfError("has no answer", where=place, expected="a key text, answer or prediction")
-    if keys[:2] == ["text", "answer"]:  # a question file with answers added: its text is the question
-        if _plain(question.text) not in _plain(_text(row, "text", place, empty=True)):
-            raise SurfError("has both text and answer", where=place, expected="the answer under one of them")
-        keys = ["answer"]
-    return _text(row, keys[0], place, empty=True)
+    if keys == ["text"]:
+        answer = _text(row, "text", place, empty=True)
+        if "label" in row or _plain(answer) == _plain(question.text):
+            raise SurfError(
+                f"looks like a question, and has no answer: text is {_short(answer)}",
+                where=place,
+                expected="an answer under answer or prediction, or under text in a row without label",
+                next="check that --answers is not a question file",
+            )
+        return answer
+    best = next(key for key in keys if key != "text")
+    if "text" in row and _plain(question.text) not in _plain(_text(row, "text", place, empty=True)):
+        # beside an answer, as in a question file with answers added, text is the question
+        raise SurfError(
+            f"has both text and {best}, and text is {_short(row['text'])}",
+            where=place,
+            expected=f"the answer under one of them, or the question {question.text!r} under text",
+            next="check that --questions and --answers belong to the same split",
+        )
+    return _text(row, best, place, empty=True)
 
 
 def _plain(text: str) -> str:

@@ -172,6 +172,22 @@ BAD_ANSWERS = {
     "no id": (lambda rows: [{"text": "Yes"}], "line 1: has no question_id"),
     "no key": (lambda rows: [{"question_id": 1}], "line 1: has no answer"),
     "two answers": (lambda rows: swap(rows, "answer", 0, "No"), "line 1: has both text and answer"),
+    "other question, text": (
+        lambda rows: [{"question_id": row["question_id"], "text": "Is there a cow?", "prediction": "Yes"} for row in rows],
+        "line 1: has both text and prediction, and text is 'Is there a cow",
+    ),
+    "question file": (
+        lambda rows: question_rows(),
+        "line 1: looks like a question.*expected an answer.*next: check that --ans",
+    ),
+    "questions of another split": (
+        lambda rows: [{**row, "text": "Is there a cow?"} for row in question_rows()],
+        "line 1: looks like a question, and has no answer: text is 'Is there a cow",
+    ),
+    "questions without labels": (
+        lambda rows: [{"question_id": row["question_id"], "text": row["text"]} for row in question_rows()],
+        "line 1: looks like a question",
+    ),
     "empty": (lambda rows: [], "is empty"),
 }
 
