@@ -76,9 +76,10 @@ rule report:
         version=version("report"),
         resamples=cfg.evaluate.resamples,
         seed=cfg.seed,
+        methods=list(METHODS),
     shell:
         "python -m surf.report --rounds {input.rounds} --answers {input.answers} --scores-answers {input.scores_answers}"
         " --reanswers {input.reanswers} --scores-reanswers {input.scores_reanswers} --catalog {input.catalog}"
         " --pairs {input.pairs} --metrics {input.metrics} --pope-answers {input.pope_answers} --model {input.model}"
-        f" --quarantine {{input.quarantine}} --out {{output}}"
+        f" --quarantine {{input.quarantine}} --out {{output}} --methods {{params.methods}}"
         f" --resamples {{params.resamples}} --seed {{params.seed}} {{params.flags}}{knobs('report')} >> {{log}} 2>&1"

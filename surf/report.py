@@ -12,8 +12,8 @@ from outside, so every value is escaped by the template engine and nothing is ev
 import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from surf import __version__, cli, config, pages, pope, store
 from surf import score as judge
 from surf.errors import SurfError
 from surf.images import Images
+from surf.methods import Method
 from surf.metrics import HEADLINE, METRICS, verdict
 from surf.popetable import BLIND, MEAN, differences
 from surf.prompts import Reference
@@ -53,6 +54,7 @@ class Inputs:
     catalog: Path | None = None
     model: Path | None = None
     quarantine: Sequence[Path] = ()
+    methods: Sequence[str] = ()
     baseline: str = "zero-shot"
     tuned: str = "surf"
     resamples: int = 2000
@@ -73,6 +75,7 @@ class Inputs:
 
 def report(inputs: Inputs, options: config.Report, score: config.Score, images: Images) -> str:
     """The whole page as text; equal results give an equal page."""
+    inputs = compared(inputs)
     return pages.render(
         "report.html.jinja",
         version=__version__,
@@ -87,6 +90,33 @@ def report(inputs: Inputs, options: config.Report, score: config.Score, images: 
         quarantine=quarantine(inputs.quarantine),
         settings=settings(inputs),
     )
+
+
+def compared(inputs: Inputs) -> Inputs:
+    """The same; a method that no answers are of is replaced by what it stands for, by the first of `methods` that fits.
+
+    The baseline is the base model without references. The tuned method is the tuned model, with references if one has them;
+    else another model, else any other method.
+    """
+    metas = [store.footer(path)[1] for path in store.files_of(inputs.pope_answers, "evaluate/answers")]
+    found = {meta["method"]: Method.model_validate_json(meta["how"]) for meta in metas if "how" in meta}
+    hows = {name: found[name] for name in dict.fromkeys([*inputs.methods, *found]) if name in found}
+
+    def choose(name: str, other: str, *tests: Callable[[Method], bool]) -> str:
+        if name in {meta["method"] for meta in metas}:
+            return name
+        return next((key for test in tests for key, how in hows.items() if key != other and test(how)), name)
+
+    baseline = choose(inputs.baseline, inputs.tuned, lambda how: how.model == "base" and not how.references)
+    tuned = choose(
+        inputs.tuned,
+        baseline,
+        lambda how: how.model == "tuned" and how.references > 0,
+        lambda how: how.model == "tuned",
+        lambda how: how.model != "base",
+        lambda how: True,
+    )
+    return replace(inputs, baseline=baseline, tuned=tuned)
 
 
 # --- the sections -----------------------------------------------------------------------------------------------------
@@ -247,7 +277,8 @@ def main() -> None:
             "catalog": {**one, "help": "manifest; shows the references of POPE questions"},
             "model": {**one, "help": "model.json; shows the loss curve"},
             "quarantine": {**many, "help": "files of quarantine"},
-            "baseline": {"default": "zero-shot", "help": "POPE method that rescues and harms start from"},
+            "methods": {"nargs": "*", "default": (), "help": "order of the methods, of which the first that fits is compared"},
+            "baseline": {"default": "zero-shot", "help": "POPE method that rescues and harms start from; see `compared`"},
             "tuned": {"default": "surf", "help": "POPE method that rescues and harms lead to"},
             "resamples": {"type": int, "default": 2000, "help": "as evaluate.resamples"},
             "seed": {"type": int, "default": 0},

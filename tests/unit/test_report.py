@@ -255,6 +255,34 @@ def test_rescues_of_several_tasks_are_counted_apart(tree):
     assert both["counts"]["pope/random"] == alone["counts"]["random"] and sum(both["counts"]["gqa/random"].values()) == 8
 
 
+@pytest.mark.parametrize(
+    ("hows", "order", "pair"),
+    [
+        ({"plain": {"model": "base"}, "ours": {"model": "tuned", "references": 2}}, "", "plain ours"),
+        ({"plain": {"model": "base"}, "b": {"model": "tuned"}, "c": {"model": "tuned", "references": 1}}, "", "plain c"),
+        ({"a": {"model": "base"}, "b": {"model": "base"}, "c": {"model": "mine"}}, "c b a", "b c"),
+        ({"a": {"model": "base"}, "b": {"model": "base", "references": 2}}, "", "a b"),
+        ({"zero-shot": {"model": "base"}, "a": {"model": "tuned"}, "surf": {"model": "mine"}}, "a", "zero-shot surf"),
+        ({"a": {"model": "base"}}, "", "a surf"),
+    ],
+)
+def test_methods_of_other_names_are_compared_by_what_they_do(tree, hows, order, pair):
+    files = []
+    for method, how in hows.items():
+        files.append(tree.pope_answers[0].with_name(f"{method}.parquet"))
+        rows = store.table_of(pope_runs(True)["zero-shot"]["random"], "evaluate/answers")
+        meta = {"task": "pope", "kind": "pope", "method": method, "how": how}
+        store.write_table(files[-1], rows, "evaluate/answers", meta)
+    found = report.compared(replace(tree, pope_answers=files, methods=order.split()))
+    assert f"{found.baseline} {found.tuned}" == pair
+    counted = report.flips(found, 3)["counts"]
+    assert bool(counted) is (set(pair.split()) <= hows.keys())
+    if counted:
+        assert f"before ({found.baseline}) and after ({found.tuned})" in page(
+            replace(tree, pope_answers=files, methods=order.split())
+        )
+
+
 def test_equal_results_give_equal_bytes(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
@@ -287,7 +315,7 @@ def test_command_line_writes_the_page(tree, monkeypatch):
     out = tree.pairs.parent / "report.html"
     words = []
     for name, value in vars(tree).items():
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             words += [f"--{name.replace('_', '-')}", *map(str, value)]
         else:
             words += [f"--{name.replace('_', '-')}", str(value)]
