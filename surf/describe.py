@@ -6,11 +6,11 @@ python -m surf.describe keys > docs/config.md
 
 import json
 import sys
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from surf.config import SECTIONS, Config, Variant
+from surf.config import SECTIONS, Config, Demo, Variant
 from surf.sections import Section
 
 HEAD = """# Config
@@ -30,7 +30,7 @@ def keys() -> str:
     """A Markdown table for each section."""
     lines = [HEAD]
     top = {name: field for name, field in Config.model_fields.items() if name not in SECTIONS}
-    lines += ["## Top level\n", *_table(top), ""]
+    lines += ["## Top level\n", *_table(top), "", *_section("demo", Demo)]
     for name, section in SECTIONS.items():
         lines += _section(name, section)
     lines += _section("variants.NAME", Variant)
@@ -54,8 +54,24 @@ def _table(fields: dict[str, Any]) -> list[str]:
     for name, field in fields.items():
         role = (field.json_schema_extra or {}).get("role")
         default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
-        lines.append(f"| `{name}`{f' *{role}*' if role else ''} | {default} | {field.description or ''} |")
+        lines.append(f"| `{name}`{f' *{role}*' if role else ''} | {default} | {_described(field)} |")
     return lines
+
+
+def _described(field: Any) -> str:
+    """The field's description, and the words that it allows."""
+    words = ", ".join(f"`{word}`" for word in _words(field.annotation))
+    if not words:
+        return field.description or ""
+    lead = "Any of" if get_origin(field.annotation) is list else "One of" if ", " in words else "Or the word"
+    return f"{field.description or ''} {lead} {words}.".lstrip()
+
+
+def _words(annotation: Any) -> list[str]:
+    """Values of the Literal types within a type."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _words(part)]
 
 
 def _plain(value: Any) -> str:

@@ -43,6 +43,13 @@ def test_documentation_of_the_keys_is_up_to_date():
     assert (ROOT / "docs/config.md").read_text() == describe.keys(), "run: python -m surf.describe keys > docs/config.md"
 
 
+def test_the_documentation_names_the_words_that_a_key_allows():
+    text = describe.keys()
+    assert "One of `transformers`, `vllm`. |" in text and "Any of `tensorboard`, `wandb`, `mlflow`. |" in text
+    assert "judges relevant. Or the word `judged`. |" in text
+    assert "## demo\n" in text and "| `scale`" in text
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
