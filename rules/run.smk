@@ -1,16 +1,14 @@
 # What happens before the first job, after the last, and when one has failed.
-from surf import summary, watch
+from surf import sources, summary, watch
 
 
 def check_sources():
-    """Before the first job: name every file that the user still has to bring. `check` does so itself."""
+    """Before the first job: name every file that is neither there nor drawn by `demo`. `check` does so itself."""
     if set(workflow.dag_settings.targets) == {"check"}:
         return
-    paths = [*cfg.catalog.captions, *cfg.split.conversations, *cfg.images.roots]
-    paths += [path for task in cfg.evaluate.tasks.values() for path in task.files.values()]
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing and not cfg.demo:
-        lines = "\n  ".join(missing)
+    missing, _ = sources.missing(cfg)
+    if missing:
+        lines = "\n  ".join(path for _, path in missing)
         raise WorkflowError(
             f"these files are named in the config but are not there:\n  {lines}\nnext: see docs/data.md"
         )

@@ -88,6 +88,16 @@ def test_the_papers_run_shows_its_dag_without_data_and_says_what_is_missing_befo
     assert not list((workflow.folder / "results/llava-1.5-7b").rglob("*.parquet"))
 
 
+def test_a_misspelt_image_root_is_named_although_there_is_an_example_to_draw(workflow):
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    config["images"]["roots"] = ["example/imagse", "example/packed.parquet"]
+    (workflow.folder / "mine.yaml").write_text(yaml.safe_dump(config))
+    done = workflow.run("demo", "--configfile", "mine.yaml", check=False)
+    assert done.returncode != 0
+    assert "not there:\n  example/imagse\nnext: see docs/data.md" in done.output
+    assert not (workflow.folder / "example").exists()
+
+
 def test_a_config_file_takes_the_place_of_the_examples(workflow):
     """Snakemake would lay it over config.yaml, and the example's settings would shine through."""
     minimal = {
