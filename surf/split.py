@@ -145,7 +145,8 @@ def _limit(rounds: list[Round], limit: int | None) -> list[Round]:
     if limit is None or len(rounds) <= limit:
         return rounds
     by_image = Counter(one.image for one in rounds)
-    kept, total = set(), 0
+    kept: set[str] = set()
+    total = 0
     for image in sorted(by_image, key=lambda name: (stable_hash(name), name)):
         if total + by_image[image] > limit:
             if not kept:
