@@ -18,8 +18,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from surf import catalog, config, finished, headers, leaks, plan, planevaluate, plantable, rates, split, store, weights
-from surf.images import Images
+from surf import (
+    badshares,
+    catalog,
+    checkleaks,
+    checksettings,
+    config,
+    finished,
+    headers,
+    plan,
+    planevaluate,
+    plantable,
+    rates,
+    sources,
+    split,
+    store,
+    weights,
+)
 from surf.models import vllm
 from surf.tasks import KINDS, Question
 from surf.verdicts import Report
@@ -50,18 +65,22 @@ def check(
     """Look at everything that the config names, and make the plan. None if the data cannot be read, or do not exist yet."""
     drawn, whole = _files(report, cfg)
     folder = _models(report, cfg)
+    checksettings.packages(report, cfg)
+    checksettings.variants(report, cfg)
     known = _rates(report, cfg, calibration)
     if not drawn:
+        checksettings.index(report, cfg, None)
         report.ok("example", f"is not drawn yet: the workflow draws it into {_demo(cfg)}/ first")
         report.ok("next", "snakemake demo && python -m surf.check   looks at its images and questions, and makes the plan")
         return None
     found = Found()
     _corpus(report, cfg, found)
+    checksettings.index(report, cfg, len(found.corpus) or None)
     _rounds(report, cfg, found)
     _questions(report, cfg, found)
     if whole:
         _images(report, cfg, found, cores, near)
-    _leaks(report, cfg, found)
+    checkleaks.names(report, cfg, found.evaluation(), found.corpus, found.rounds)
     if not (found.corpus and found.rounds and found.questions.keys() == cfg.evaluate.tasks.keys()):
         return None
     sizes, cores = _sizes(cfg, folder), max(cores, gpus + 2)
@@ -76,21 +95,13 @@ def check(
 
 
 def _files(report: Report, cfg: config.Config) -> tuple[bool, bool]:
-    """(the data exist, all named files and image roots are there). The example's may be missing: the workflow draws it."""
-    named = [
-        *(("captions", path, Path.is_file) for path in cfg.catalog.captions),
-        *(("conversations", path, Path.is_file) for path in cfg.split.conversations),
-        *(("questions", path, Path.exists) for task in cfg.evaluate.tasks.values() for path in task.files.values()),
-        *(("image root", path, Path.exists) for path in cfg.images.roots),
-    ]
-    missing = [(what, path) for what, path, there in named if not there(Path(path))]
-    if missing and cfg.demo and all(Path(path).is_relative_to(_demo(cfg)) for _, path in missing):
-        return False, False
+    """(the example is drawn or there is none, all named files and image roots are there)."""
+    missing, later = sources.missing(cfg)
     for what, path in missing:
         report.wrong("files", f"{path}: there is no such {what if ' ' in what else f'file of {what}'}; next: see docs/data.md")
-    if not missing:
-        report.ok("files", f"{len(named)} files and image roots are there")
-    return True, not missing
+    if not missing and not later:
+        report.ok("files", f"{len(sources.named(cfg))} files and image roots are there")
+    return not later, not missing
 
 
 def _models(report: Report, cfg: config.Config) -> Path | None:
@@ -100,7 +111,7 @@ def _models(report: Report, cfg: config.Config) -> Path | None:
         "embed.model": (cfg.embed.model, weights.clip),
         "score.bertscore_model": (cfg.score.bertscore_model, weights.bert),
     }
-    folder = None
+    folders = {}
     for key, (name, look) in looks.items():
         model = look(cfg)
         if model.folder:
@@ -109,10 +120,14 @@ def _models(report: Report, cfg: config.Config) -> Path | None:
             report.warning("models", f"{key} {name}: {model.problem}")
         else:
             report.wrong("models", f"{key} {name}: {model.problem}")
-        folder = model.folder if key == "lvlm.model" else folder
+        folders[key] = model.folder
     if cfg.lvlm.engine == "vllm":
         report.attempt("models", vllm.require)
-    return folder
+    if bert := folders["score.bertscore_model"]:
+        checksettings.encoder(report, cfg, bert)
+    if lvlm := folders["lvlm.model"]:
+        checksettings.training(report, cfg, lvlm)
+    return lvlm
 
 
 def _corpus(report: Report, cfg: config.Config, found: Found) -> None:
@@ -130,15 +145,16 @@ def _corpus(report: Report, cfg: config.Config, found: Found) -> None:
 
 def _rounds(report: Report, cfg: config.Config, found: Found) -> None:
     start = time.monotonic()
-    read = report.attempt("conversations", lambda: split.split(cfg.split))
-    if read is None:
+    read = report.attempt("conversations", lambda: split.read(cfg.split))
+    rounds = report.attempt("conversations", lambda: split.choose(*read, cfg.split)) if read else None
+    if rounds is None:
         return
     found.seconds["split"] = time.monotonic() - start
-    rounds, errors, left_out = read
+    conversations, errors, left_out = read
     found.rounds = [one.image for one in rounds]
     found.rounds_bytes = sum(len(text) for one in rounds for text in vars(one).values())
     words = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
-    _unusable(report, cfg, "conversations", f"{len(rounds):,} rounds{words}", errors, len(rounds))
+    _unusable(report, cfg, "conversations", f"{len(rounds):,} rounds{words}", errors, len(conversations))
     ids = {one.round_id.rpartition("#")[0] for one in rounds}
     again = [match[1] for name in ids if (match := _REPEATED.fullmatch(name)) and match[1] in ids]
     _twice(report, "conversations", "conversation ids stand more than once (told apart by @2, @3, …)", Counter([*ids, *again]))
@@ -174,46 +190,26 @@ def _images(report: Report, cfg: config.Config, found: Found, cores: int, near: 
     seconds = max(time.monotonic() - start, 1e-9)
     what = "headers and difference hashes" if near else "headers"
     report.ok("images", f"{what} of {len(every):,} images read, {len(every) / seconds:,.0f} a second on {cores} cores")
+    parts = {
+        "corpus": badshares.corpus(found.corpus, seen.errors, cfg.shards.corpus),
+        "rounds": badshares.rounds(found.rounds, seen.errors, cfg.shards.rounds),
+    }
     for group, own in names.items():
         unique = list(dict.fromkeys(own))
         bad = [name for name in unique if name in seen.errors]
         if not bad:
             report.ok("images", f"{group}: all {len(unique):,} are readable")
             continue
-        share = len(bad) / len(unique)
         examples = "; ".join(f"{name}: {seen.errors[name]}" for name in bad[:_SHOWN])
         text = f"{group}: {len(bad):,} of {len(unique):,} cannot be used ({examples}{'; …' if len(bad) > _SHOWN else ''})"
-        limit_text = f"{share:.2%}, images.max_bad_share is {cfg.images.max_bad_share:.2%}"
         if group == "questions":
             report.wrong("images", f"{text}; an evaluation must be complete; next: mend images.roots")
-        elif share > cfg.images.max_bad_share:
-            report.wrong("images", f"{text}; {limit_text}; next: mend the images, or raise it")
-        else:
-            report.warning("images", f"{text}; {limit_text}")
+            continue
+        worst = badshares.worst(parts[group])
+        text += f"; {worst.stage} will meet {worst.bad:,} of {worst.total:,} in {worst.name}"
+        _judge(report, cfg, "images", text, worst.bad, worst.total, "mend the images")
     if near:
-        opened = Images(roots, limit)
-        hashes = seen.hashes
-        asked = {name: hashes[name] for name in names["questions"] if name in hashes}
-        _leak(report, asked, "look like images of the corpus", leaks.by_looks(asked, _only(hashes, found.corpus), opened))
-        _leak(report, asked, "look like images of the rounds", leaks.by_looks(asked, _only(hashes, found.rounds), opened))
-
-
-def _leaks(report: Report, cfg: config.Config, found: Found) -> None:
-    asked = found.evaluation()
-    if not asked:
-        return
-    _leak(report, asked, "are in the corpus (retrieve leaves them out)", leaks.by_identity(asked, found.corpus))
-    _leak(report, asked, "are in the rounds (they may be trained on)", leaks.by_identity(asked, found.rounds))
-    parts = [path for task in cfg.evaluate.tasks if (path := Path(cfg.results, "evaluate", task, "neighbors.parquet")).exists()]
-    read = report.attempt("leakage", lambda: leaks.by_neighbors(parts, cfg.retrieve.max_similarity)) if parts else None
-    if read:
-        near, most = read
-        limit = f"retrieve.max_similarity = {cfg.retrieve.max_similarity}"
-        if near:
-            text = ", ".join(f"{name} ({value:.4f})" for name, value in near[:_SHOWN])
-            report.warning("leakage", f"{len(near)} evaluation images have a neighbour at or above {limit}: {text}")
-        else:
-            report.ok("leakage", f"no reference of an evaluation image reaches {limit}; the most similar has {most:.4f}")
+        checkleaks.looks(report, cfg, seen.hashes, found.evaluation(), found.corpus, found.rounds)
 
 
 def _rates(report: Report, cfg: config.Config, calibration: Path) -> rates.Rates:
@@ -262,32 +258,24 @@ def _unusable(report: Report, cfg: config.Config, topic: str, what: str, errors:
         report.ok(topic, what)
         return
     examples = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:_SHOWN])
-    share = len(errors) / (good + len(errors))
-    text = f"{what}; {len(errors):,} rows cannot be used ({examples}); {share:.2%}"
-    limit = f"images.max_bad_share is {cfg.images.max_bad_share:.2%}"
-    if share > cfg.images.max_bad_share:
-        report.wrong(topic, f"{text}, {limit}; next: mend the file, or raise it")
+    text = f"{what}; {len(errors):,} rows cannot be used ({examples})"
+    _judge(report, cfg, topic, text, len(errors), good + len(errors), "mend the file")
+
+
+def _judge(report: Report, cfg: config.Config, topic: str, text: str, bad: int, total: int, mend: str) -> None:
+    """The verdict that `surf.quarantine` will come to."""
+    limit = cfg.images.max_bad_share
+    text = f"{text}; {bad / max(total, 1):.2%}, images.max_bad_share is {limit:.2%}"
+    if bad > limit * total:
+        report.wrong(topic, f"{text}; next: {mend}, or raise it")
     else:
-        report.warning(topic, f"{text}, {limit}")
+        report.warning(topic, text)
 
 
 def _twice(report: Report, topic: str, what: str, counts: Counter[str]) -> None:
     again = [name for name, count in counts.items() if count > 1]
     if again:
         report.warning(topic, f"{len(again):,} {what}: {', '.join(again[:_SHOWN])}{', …' if len(again) > _SHOWN else ''}")
-
-
-def _leak(report: Report, asked: Sequence[str] | dict[str, int], what: str, pairs: Sequence[leaks.Pair]) -> None:
-    text = f"{len(pairs):,} of {len(asked):,} evaluation images {what}"
-    if pairs:
-        examples = ", ".join(f"{one.evaluation} = {one.other}" for one in pairs[:_SHOWN])
-        report.warning("leakage", f"{text}: {examples}{', …' if len(pairs) > _SHOWN else ''}")
-    else:
-        report.ok("leakage", text)
-
-
-def _only(hashes: dict[str, int], names: Sequence[str]) -> dict[str, int]:
-    return {name: hashes[name] for name in dict.fromkeys(names) if name in hashes}
 
 
 def _data(found: Found) -> plan.Data:

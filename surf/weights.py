@@ -1,4 +1,4 @@
-"""Are the models here? Looks for files, in local folders and in the Hugging Face cache; loads nothing, asks no network."""
+"""Are the models here? Looks for files, in local folders and in the Hugging Face cache; loads no weights, asks no network."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surf.config import Config
+from surf.errors import SurfError
 
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")
@@ -79,6 +80,23 @@ def parameters(folder: Path, parts: list[str]) -> tuple[int, int]:
                 total += size
                 some += size if any(part in name for part in parts) else 0
     return total, some
+
+
+def blank(folder: Path) -> Any:
+    """The vision-language model of a folder without its weights: the modules and names that a stage will see, in no memory.
+
+    Raises:
+        SurfError: transformers cannot make it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        what = f"transformers cannot make it ({str(error).strip().splitlines()[0]})"
+        raise SurfError(what, where=f"lvlm.model {folder}", expected="an image-text-to-text model that it knows") from None
 
 
 def offline() -> bool:

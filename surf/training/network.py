@@ -12,6 +12,8 @@ from surf.models import fused
 from surf.processing import stop_at_end
 from surf.training import loss, packing
 
+PACKAGES = {"lora": ["peft"], "qlora": ["peft", "bitsandbytes"]}  # by finetune.method; each method is an extra of that name
+
 
 def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpoint: str | None) -> tuple[Any, int]:
     """The model ready to train, and the number of its parameters that are trained.
@@ -20,11 +22,12 @@ def load(lvlm: Lvlm, finetune: Finetune, processor: Any, arguments: Any, checkpo
         checkpoint: folder to go on from. Without DeepSpeed its weights are read here; DeepSpeed reads them itself.
 
     Raises:
-        SurfError: the model cannot be loaded, or no parameter has any of `finetune.train` in its name.
+        SurfError: a package is missing, the model cannot be loaded, or no parameter has any of `finetune.train` in its name.
     """
     from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar
 
+    require(finetune.method)
     disable_progress_bar()
     set_seed(arguments.seed)
     mine = checkpoint if checkpoint and not arguments.deepspeed else None
@@ -51,20 +54,40 @@ def prepare(model: Any, finetune: Finetune, processor: Any, adapter: str | None 
     stop_at_end(model, processor)
     _speed_up(model, finetune, processor)
     text, layers = _text(model), decoder(model)
-    trained = {name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)}
-    if not trained:
-        top = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
-        what = f"no parameter of the model has any of {finetune.train} in its name"
-        raise SurfError(what, where="finetune.train", expected=f"parts of names such as {', '.join(top)}")
+    names = trained(model, finetune)
     if finetune.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad_(name in names)
     else:
-        model = _with_adapter(model, finetune, trained, adapter)
+        model = _with_adapter(model, finetune, names, adapter)
     if torch.cuda.is_available() if finetune.compile is None else finetune.compile:
         fused.enable(text, layers)  # behind the adapters: what is trained and what is not are compiled differently
     sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters() if weight.requires_grad]
     return model, sum(sizes)  # ZeRO-3 leaves an empty shell of a parameter, and its size in ds_numel
+
+
+def require(method: str) -> None:
+    """Raise a SurfError if a package that `finetune.method` needs is not installed."""
+    for package in PACKAGES.get(method, []):
+        if not find_spec(package):
+            where, command = f"finetune.method: {method}", f"pip install 'surf-rag[{method}]'"
+            raise SurfError(f"{package} is not installed", where=where, next=command)
+
+
+def trained(model: Any, finetune: Finetune) -> set[str]:
+    """Names of the parameters that are trained, or that get adapters beside them: those of linear layers, but the output head.
+
+    Raises:
+        SurfError: there are none.
+    """
+    named = {name for name, _ in model.named_parameters() if any(part in name for part in finetune.train)}
+    found = named if finetune.method == "full" else named & {f"{name}.weight" for name in _linear(model)}
+    if not found:
+        top = sorted({".".join(name.split(".")[:2]) for name, _ in model.named_parameters()})
+        what = "linear layer" if named else "parameter"
+        what = f"no {what} of the model has any of {finetune.train} in its name"
+        raise SurfError(what, where="finetune.train", expected=f"parts of names such as {', '.join(top)}")
+    return found
 
 
 def packs(finetune: Finetune, processor: Any) -> bool:
@@ -159,9 +182,9 @@ def _keep_host_near(layers: list[Any]) -> None:
 # --- adapters beside the weights ---------------------------------------------------------------------------------------
 
 
-def _with_adapter(model: Any, finetune: Finetune, trained: set[str], checkpoint: str | None) -> Any:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer that `finetune.train` names, but the output head."""
-    import torch
+def _with_adapter(model: Any, finetune: Finetune, names: set[str], checkpoint: str | None) -> Any:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer whose weight is among `names`, see `trained`."""
+    require(finetune.method)
     from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     if finetune.method == "qlora":
@@ -170,15 +193,18 @@ def _with_adapter(model: Any, finetune: Finetune, trained: set[str], checkpoint:
         model.enable_input_require_grads()
     if checkpoint:
         return PeftModel.from_pretrained(model, checkpoint, is_trainable=True)
-    head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head and f"{name}.weight" in trained
-    ]
+    linear = [name for name in _linear(model) if f"{name}.weight" in names]
     lora = finetune.lora
     options = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=linear)
     return get_peft_model(model, options)
+
+
+def _linear(model: Any) -> list[str]:
+    """Names of the linear layers, but the output head."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and module is not head]
 
 
 def _quantised(finetune: Finetune) -> dict[str, Any]:
@@ -188,8 +214,6 @@ def _quantised(finetune: Finetune) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    if not find_spec("bitsandbytes"):
-        raise SurfError("bitsandbytes is not installed", where="finetune.method: qlora", next="pip install 'surf-rag[qlora]'")
     cuda = torch.cuda.is_available()
     names = ["vision_tower", "vision_model", "visual", "multi_modal_projector", "connector"]
     skipped = ["lm_head", *names, *(f"model.{name}" for name in names)]  # they are matched with the starts of modules' names

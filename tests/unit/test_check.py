@@ -12,11 +12,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from surf import check, headers, leaks, store, weights
-from surf.config import parse
+from surf import badshares, check, checksettings, headers, leaks, sources, store, weights
+from surf.config import Finetune, parse
 from surf.demo import MODELS, world
-from surf.errors import ImageError
+from surf.errors import ImageError, SurfError
 from surf.images import Images
+from surf.shards import part_name, shard_of
+from surf.training import network
 
 LIMIT = 100_000
 
@@ -255,6 +257,25 @@ def test_before_the_example_is_drawn_it_says_so_and_passes(run, tmp_path):
     code, output = run(elsewhere)
     assert code == 0 and "is not drawn yet" in output and "snakemake demo" in output
 
+    def misspelt(values):
+        elsewhere(values)
+        values["images"]["roots"][0] = str(tmp_path / "later/imagse")
+        values["catalog"]["captions"].append("mine.json")
+
+    code, output = run(misspelt)
+    assert code == 1 and "is not drawn yet" in output
+    assert "later/imagse: there is no such image root" in output and "mine.json: there is no such file of captions" in output
+
+
+def test_what_the_example_will_draw_is_what_it_draws(drawn):
+    minimal = {"split": {"conversations": ["s"]}, "catalog": {"captions": ["c"]}, "demo": {"out": str(drawn / "example")}}
+    cfg = parse({**minimal, "evaluate": {"tasks": {"pope": {"kind": "pope", "files": {"one": "p"}}}}})
+    made = [path for path in (drawn / "example").rglob("*") if path.suffix != ".jpg" and path.name != "pope"]
+    made += list((drawn / "example").glob("pope/*"))
+    assert made and all(sources.draws(cfg, str(path)) for path in made)
+    assert not sources.draws(cfg, str(drawn / "example/images/mine"))
+    assert not sources.draws(with_model(MODEL), str(drawn / "example/corpus.json")), "nothing is drawn without a section demo"
+
 
 def rewrite(path, change, out):
     rows = json.loads(path.read_text())
@@ -296,6 +317,122 @@ def test_each_fault_is_one_line_and_the_exit_code(run, drawn, tmp_path):
     gone = tmp_path / "gone.json"
     gone.write_text(json.dumps({**json.loads(lines[0]), "image": "gone.jpg"}))
     says(lambda c: c["evaluate"]["tasks"]["pope"].update(files={"a": str(gone)}), "questions: 1 of 1 cannot be used (gone.jpg")
+
+
+def test_settings_that_would_stop_a_stage_after_hours(run, monkeypatch):
+    def says(change, text):
+        code, output = run(change)
+        wrong = [line for line in output.splitlines() if line.startswith("WRONG")]
+        assert code == 1 and len(wrong) == 1 and text in wrong[0], (text, output)
+
+    def variant(values, **changes):
+        values["variants"] = {"mine": changes}
+        values["evaluate"]["methods"] = {"mine": {"model": "mine"}}
+
+    def finetune(**changes):
+        return lambda values: values.update(finetune=changes)
+
+    nothing = "finetune.train: no parameter of the model has any of ['langauge_model'] in its name"
+    says(finetune(train=["langauge_model"]), nothing)
+    says(lambda values: variant(values, finetune={"train": ["langauge_model"]}), f"variants.mine.{nothing}")
+    says(finetune(train=["lm_head", "norm"], method="lora"), "no linear layer of the model has any of")
+    says(finetune(max_tokens=10), "finetune.max_tokens = 10: the shortest question with its images takes")
+    says(lambda values: variant(values, finetune={"max_tokens": 10}), "variants.mine.finetune.max_tokens = 10")
+    says(lambda values: values["lvlm"].update(layout="image_only"), "layout image_only takes one reference, not 2")
+    says(lambda values: values.update(build_index={"factory": "Flatt"}), "build_index.factory = 'Flatt': FAISS refuses it")
+    says(
+        lambda values: values.update(build_index={"factory": "IVF5000,Flat"}), "needs 5,000 vectors to train on, the corpus has"
+    )
+    says(lambda values: values.update(build_index={"factory": "PQ8"}), "needs 256 vectors to train on, the corpus has")
+    says(lambda values: values["score"].update(bertscore_layer=50), "has 2 layers, not 50; expected 1 to 2")
+
+
+def test_the_lower_bound_of_a_training_text_is_one(run):
+    """Nothing is called too short that a stage could use."""
+    found = run(lambda values: values.update(finetune={"max_tokens": 10}))[1]
+    least = int(found.split("with its images takes ")[1].split()[0])
+    assert 3 * 16 < least < 3 * 16 + 100, "three images of 16 tokens, and the words of the prompt"
+    assert run(lambda values: values.update(finetune={"max_tokens": least}))[0] == 0
+    alone = {"finetune": {"max_tokens": least - 1}, "pair": {"mix": {"no_reference": 0.1}}}
+    assert run(lambda values: values.update(alone))[0] == 0, "samples without references are shorter"
+
+
+def test_packages_of_extras_are_asked_for_by_name(run, tmp_path, monkeypatch):
+    captions = tmp_path / "captions.json"
+    rows = {"images": [{"id": 1, "file_name": "gone.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]}
+    captions.write_text(json.dumps(rows))
+
+    def change(values):
+        values["finetune"] = {"method": "lora", "report_to": ["wandb"]}
+        values["variants"] = {
+            "four": {"finetune": {"method": "qlora", "zero_stage": 0}},
+            "idle": {"finetune": {"method": "qlora"}},
+        }
+        values["variants"]["idle"]["finetune"]["zero_stage"] = 0
+        values["evaluate"]["methods"] = {"four": {"model": "four"}}
+        values["evaluate"]["tasks"]["said"] = {"kind": "caption", "files": {"val": str(captions)}}
+
+    monkeypatch.setattr(checksettings, "find_spec", lambda name: None)
+    output = run(change)[1]
+    lines = [line.split(maxsplit=2)[2] for line in output.splitlines() if line.startswith("WRONG    packages")]
+    assert lines == [
+        "finetune.method: lora: peft is not installed; next: pip install 'surf-rag[lora]'",
+        "finetune.report_to: wandb: wandb is not installed; next: pip install 'surf-rag[tracking]'",
+        "variants.four.finetune.method: qlora: bitsandbytes is not installed; next: pip install 'surf-rag[qlora]'",
+        "evaluate.tasks.said.kind: caption: sacrebleu is not installed; next: pip install 'surf-rag[captions]'",
+        "evaluate.tasks.said.kind: caption: rapidfuzz is not installed; next: pip install 'surf-rag[captions]'",
+    ]
+    assert "variants.idle is never trained: no method has model: idle" in output
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksettings, "find_spec", lambda name: True)
+        assert "not installed" not in run(change)[1]
+
+
+def test_a_fine_tune_without_its_packages_stops_before_it_loads_the_model(monkeypatch):
+    lvlm = with_model("nowhere").lvlm
+    for method, package in (("lora", "peft"), ("qlora", "bitsandbytes")):
+        monkeypatch.setattr(network, "find_spec", lambda name, absent=package: None if name == absent else True)
+        with pytest.raises(SurfError, match=rf"method: {method}: {package} is not installed; next: .*surf-rag\[{method}\]"):
+            network.load(lvlm, Finetune(method=method, zero_stage=0), None, None, None)
+
+
+def test_a_variant_that_no_method_uses_is_named(run):
+    code, output = run(lambda values: values.update(variants={"idle": {"finetune": {"train": ["langauge_model"]}}}))
+    assert code == 0, "what is never trained cannot fail"
+    assert "warning  variants       variants.idle is never trained: no method has model: idle" in output
+
+
+def test_bad_images_are_judged_by_part_as_the_stages_do(run, drawn, tmp_path):
+    images = Images([str(drawn / "example/images"), str(drawn / "example/packed.parquet")], LIMIT)
+
+    def readable(row):
+        try:
+            return images.open(row["image"]) is not None
+        except ImageError:
+            return False
+
+    ordered = rewrite(drawn / "example/corpus.json", lambda rows: sorted(rows, key=readable), tmp_path / "ordered.json")
+    rows = len(json.loads((tmp_path / "ordered.json").read_text()))
+
+    def change(values, shards=1):
+        values["catalog"]["captions"], values["shards"] = [ordered], {"corpus": shards}
+
+    assert run(change)[0] == 0, "2 of all are few"
+    code, output = run(lambda values: change(values, shards=rows // 4))
+    wrong = [line for line in output.splitlines() if line.startswith("WRONG")]
+    assert code == 1 and len(wrong) == 1
+    assert f"embed will meet 2 of 4 in part-00000-of-{rows // 4:05d}; 50.00%, images.max_bad_share is 20.00%" in wrong[0]
+
+
+def test_bad_images_of_rounds_are_counted_where_their_parts_will_stand():
+    names = [f"{number}.jpg" for number in range(40) for _ in range(3)]
+    parts = badshares.rounds(names, {"7.jpg"}, 4)
+    whole = {stage: [part for part in parts if part.stage == stage] for stage in ("answer", "retrieve")}
+    assert sum(part.total for part in whole["answer"]) == 120 and sum(part.total for part in whole["retrieve"]) == 40
+    (mine,) = [part for part in whole["retrieve"] if part.bad]
+    assert mine.bad == 1 and mine.name == part_name(shard_of("7.jpg", 4), 4)
+    assert badshares.worst(parts).name == mine.name
+    assert [(part.bad, part.total) for part in badshares.corpus(["a", "a", "b", "c"], {"a"}, 2)] == [(1, 2), (0, 2)]
 
 
 def test_what_only_deserves_a_warning(run, drawn, tmp_path):
