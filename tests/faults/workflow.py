@@ -117,11 +117,11 @@ class Attacked:
             while any(rule_of(words) == "finetune" for words in self.example.processes().values()):
                 time.sleep(0.5)
             return full
-        torn = re.findall(r"delete it and run: snakemake (\S+)", text) + re.findall(r"next: rm (\S+) && snakemake", text)
+        torn = re.findall(r"next: rm (\S+), then your snakemake command again", text)
         if torn:
             for name in torn:
                 (self.example.folder / name).unlink(missing_ok=True)
-            return [*PROGRAM, *dict.fromkeys(torn), *SNAKEMAKE]
+            return full
         if found := re.search(r"^next, just these:\n  snakemake (.*)$", text, re.M):
             return [*PROGRAM, *shlex.split(found[1])]
         return full
