@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from surf import (
     store,
     weights,
 )
+from surf.errors import SurfError
 from surf.models import vllm
 from surf.tasks import KINDS, Question
 from surf.verdicts import Report
@@ -146,11 +148,13 @@ def _corpus(report: Report, cfg: config.Config, found: Found) -> None:
 def _rounds(report: Report, cfg: config.Config, found: Found) -> None:
     start = time.monotonic()
     read = report.attempt("conversations", lambda: split.read(cfg.split))
-    rounds = report.attempt("conversations", lambda: split.choose(*read, cfg.split)) if read else None
+    if read is None:
+        return
+    conversations, errors, left_out = read
+    rounds = report.attempt("conversations", lambda: split.choose(conversations, errors, left_out, cfg.split))
     if rounds is None:
         return
     found.seconds["split"] = time.monotonic() - start
-    conversations, errors, left_out = read
     found.rounds = [one.image for one in rounds]
     found.rounds_bytes = sum(len(text) for one in rounds for text in vars(one).values())
     words = "".join(f", {count:,} {what} left out" for what, count in left_out.items() if count)
@@ -294,7 +298,10 @@ def _data(found: Found) -> plan.Data:
 
 
 def _sizes(cfg: config.Config, folder: Path | None) -> plan.Sizes:
-    counts = weights.parameters(folder, cfg.finetune.train) if folder else (0, 0)
+    counts = (0, 0)
+    if folder:
+        with suppress(SurfError):  # its own line says so
+            counts = weights.parameters(folder, cfg.finetune.train)
     return plan.Sizes(weights.dim(cfg) or 0, *counts)
 
 

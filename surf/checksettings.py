@@ -37,7 +37,7 @@ def packages(report: Report, cfg: config.Config) -> None:
     """Are the packages there that come with an extra?"""
     from surf.training import network
 
-    wanted = {}  # once each, by the first setting that wants it
+    wanted: dict[str, tuple[str, str]] = {}  # once each, by the first setting that wants it
     for before, _, finetune in finetunes(cfg):
         for package in network.PACKAGES.get(finetune.method, []):
             wanted.setdefault(package, (f"{before}finetune.method: {finetune.method}", finetune.method))
@@ -97,7 +97,7 @@ def shortest(pair: config.Pair, processor: Any, lvlm: config.Lvlm) -> int:
     from surf import processing
 
     shares = pair.mix.model_dump()
-    numbers = {_KINDS[kind] for kind, share in shares.items() if share} | ({2} if sum(shares.values()) < 1 else set())
+    numbers = {_KINDS[kind] for kind, share in shares.items() if share} | ({2} if round(sum(shares.values()), 9) < 1 else set())
     lengths = []
     for number in numbers:
         prompt = prompts.from_options("?", "image", [prompts.Reference("image", "")] * number, lvlm)
@@ -131,10 +131,9 @@ def _to_train(empty: Any) -> int:
 
     if empty.is_trained:
         return 1
-    lists = faiss.try_extract_index_ivf(empty)
-    inner = faiss.downcast_index(empty if lists is None else lists)
-    quantiser = getattr(inner, "pq", None)
-    return max(getattr(inner, "nlist", 1), getattr(quantiser, "ksub", 1))
+    inner = faiss.try_extract_index_ivf(empty) or empty
+    inner = faiss.downcast_index(inner.index if isinstance(inner, faiss.IndexPreTransform) else inner)
+    return max(getattr(inner, "nlist", 1), getattr(getattr(inner, "pq", None), "ksub", 1))
 
 
 def _said(report: Report, before: str, work: Any) -> Any:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,17 +68,13 @@ def dim(cfg: Config) -> int | None:
 
 
 def parameters(folder: Path, parts: list[str]) -> tuple[int, int]:
-    """(all, those whose name contains one of `parts`) parameters in a folder's safetensors files, by their headers."""
-    total = some = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, about in header.items():
-            if name != "__metadata__":
-                size = prod(about["shape"])
-                total += size
-                some += size if any(part in name for part in parts) else 0
-    return total, some
+    """(all, those whose name contains one of `parts`) parameters of a vision-language model, by the names that a stage sees.
+
+    Raises:
+        SurfError: see `blank`.
+    """
+    sizes = {name: weight.numel() for name, weight in blank(folder).named_parameters()}
+    return sum(sizes.values()), sum(size for name, size in sizes.items() if any(part in name for part in parts))
 
 
 def blank(folder: Path) -> Any:

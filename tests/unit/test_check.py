@@ -5,12 +5,14 @@ import io
 import json
 import shutil
 
+import families
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import load_file
 
 from surf import badshares, check, checksettings, headers, leaks, sources, store, weights
 from surf.config import Finetune, parse
@@ -19,6 +21,7 @@ from surf.errors import ImageError, SurfError
 from surf.images import Images
 from surf.shards import part_name, shard_of
 from surf.training import network
+from surf.verdicts import Report
 
 LIMIT = 100_000
 
@@ -189,6 +192,17 @@ def test_a_models_folder_must_be_whole(tmp_path):
     )
     assert "has no two.safetensors" in weights.lvlm(with_model(sharded)).problem
     assert "no such folder" in weights.lvlm(with_model(tmp_path / "nothing")).problem
+
+
+def test_parameters_are_called_as_the_stages_call_them(tmp_path):
+    """The files of some families use other names than the loaded model, which `finetune.train` is compared with."""
+    folder = families.build("qwen2.5-vl", tmp_path / "model")
+    assert not any("language_model" in name for name in load_file(folder / "model.safetensors"))
+    total, trained = weights.parameters(folder, ["language_model"])
+    assert 0 < trained < total
+    report = Report()
+    checksettings.training(report, with_model(folder), folder)
+    assert not report.counts["WRONG"]
 
 
 def test_a_hub_name_that_is_not_in_the_cache_says_how_to_get_it(monkeypatch):
