@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from surf import cli
+from surf import cli, yamlfile
 from surf import config as schema
 from surf.errors import SurfError
 from surf.shards import part_names
@@ -14,6 +14,8 @@ from surf.shards import part_names
 shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PATH; ")
 
 try:
+    for file in workflow.overwrite_configfiles or ["config.yaml"]:
+        yamlfile.read(Path(workflow.workdir_init, file))  # Snakemake lets a key stand twice
     cfg = schema.parse(dict(config), " ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml")
 except SurfError as error:
     raise WorkflowError(str(error)) from None

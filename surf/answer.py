@@ -13,7 +13,7 @@ import pyarrow as pa
 from surf import cli, config, prompts, quarantine, store, workers
 from surf.errors import ImageError
 from surf.images import Images
-from surf.models import Request, Responder, features, load_responder
+from surf.models import Responder, features, load_responder, request
 from surf.shards import stable_hash
 from surf.telemetry import Clock
 
@@ -69,10 +69,13 @@ def respond(
 ) -> list[dict[str, Any]]:
     """Rows of `answers` or `reanswers`: one response to each question, each with a seed of its own."""
     requests = [
-        Request(
-            prompts.from_options(row["question"], row["image"], [reference] if reference else [], lvlm),
-            stable_hash(seed, row["round_id"], rank),
-            2 + len(row["answer"]) // CHARS,  # the model will answer at about the length of the true answer
+        request(
+            row["question"],
+            row["image"],
+            [reference] if reference else [],
+            lvlm,
+            seed=stable_hash(seed, row["round_id"], rank),
+            guess=2 + len(row["answer"]) // CHARS,  # the model will answer at about the length of the true answer
         )
         for row, rank, _, reference in asked
     ]

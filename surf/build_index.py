@@ -53,7 +53,14 @@ def build_index(manifest: Path, options: config.BuildIndex, seed: int, out: Path
         empty = faiss.IndexIDMap2(empty)
     if not empty.is_trained:
         wanted = TRAINING_VECTORS * lists.nlist if lists is not None else FLAT_TRAINING
-        empty.train(sample(parts, wanted, seed))
+        try:
+            empty.train(sample(parts, wanted, seed))
+        except RuntimeError as error:
+            raise SurfError(
+                f"FAISS cannot train it on {about['rows']} vectors ({str(error).rpartition('failed: ')[2]})",
+                where=f"build_index.factory = {factory!r}",
+                expected="fewer lists than vectors: auto chooses them",
+            ) from None
     on_disk = lists is not None and about["rows"] * (lists.code_size + 8) > DISK_BYTES
     index = _on_disk(empty, parts, out, f"{factory} {seed} {about}") if on_disk else _add(empty, parts)
     if index.ntotal == 0:
@@ -180,7 +187,6 @@ def _on_disk(trained: Any, parts: Sequence[Path], out: Path, depends_on: str) ->
         merge_ondisk(trained, [str(file) for file in files], str(temporary))
         lists: Any = faiss.downcast_InvertedLists(_lists(trained).invlists)
         lists.filename = str(data)  # readers look for this name beside the index, see search.load
-    shutil.rmtree(out.parent / "_partial", ignore_errors=True)
     return trained
 
 
@@ -206,6 +212,7 @@ def main() -> None:
     index, about = build_index(args.embeddings, args.build_index, args.seed, args.out)
     write(index, args.out)
     store.write_json(args.out.with_suffix(".json"), about)
+    shutil.rmtree(args.out.parent / "_partial", ignore_errors=True)
     clock.note(args.out, about["ntotal"])
     log.info("%s: %d vectors of %d numbers", about["factory"], about["ntotal"], about["dim"])
 

@@ -19,7 +19,7 @@ import numpy as np
 from surf import cli, config, prompts, store
 from surf.evaluate import FLUSH_ROWS, check_images
 from surf.images import Images
-from surf.models import Request, Responder, load_responder
+from surf.models import Request, Responder, load_responder, request
 from surf.reanswer import lookup
 from surf.references import candidates_of
 from surf.telemetry import Clock
@@ -48,9 +48,7 @@ def by_relevance(asked: Sequence[Asked], responder: Responder, lvlm: config.Lvlm
 
 def by_gold(asked: Sequence[Asked], responder: Responder, lvlm: config.Lvlm, suffix: str, kind: str) -> list[float]:
     """Mean log-likelihood of the gold answer with one reference."""
-    requests = [
-        Request(prompts.from_options(row["question"] + suffix, row["image"], [reference], lvlm)) for row, _, reference in asked
-    ]
+    requests = [request(row["question"] + suffix, row["image"], [reference], lvlm) for row, _, reference in asked]
     return list(responder.loglik(requests, [gold(row, kind) for row, _, _ in asked]))
 
 

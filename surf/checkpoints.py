@@ -128,8 +128,10 @@ def publish(save: Callable[[Path], None], out: Path, run: dict[str, Any]) -> Non
         shutil.rmtree(fresh, ignore_errors=True)
     save(fresh)
     if not rank():
-        for old in [out / "model.json", *out.glob("*.safetensors"), *out.glob("*.safetensors.index.json")]:
-            old.unlink(missing_ok=True)
+        (out / "model.json").unlink(missing_ok=True)
+        for pattern in ("*.safetensors", "*.safetensors.index.json", "adapter_*"):
+            for old in out.glob(pattern):
+                old.unlink(missing_ok=True)
         for new in fresh.iterdir():
             if new.is_file():
                 with open(new, "rb") as file:

@@ -170,8 +170,7 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
         _slicing = True
         try:
             while start < len(items):
-                if _asked:
-                    raise Stopped(128 + _asked[0])
+                stop_if_asked()
                 begun = time.monotonic()
                 chunk = items[start : start + length]
                 yield chunk
@@ -184,6 +183,16 @@ def chunks(items: Sequence[T], size: int, *, desc: str, unit: str = "row") -> It
                     length = min(size, length * max(1, min(4, int(SLICE_SECONDS / max(spent, 1e-9)))))
         finally:
             _slicing = False
+
+
+def stop_if_asked() -> None:
+    """End here if a signal asked for it; to be called inside `chunks`, when all rows at work are saved or soon will be.
+
+    Raises:
+        Stopped: SIGTERM or SIGUSR1 came.
+    """
+    if _asked:
+        raise Stopped(128 + _asked[0])
 
 
 def progress(total: int, *, desc: str, unit: str) -> Any:

@@ -7,9 +7,9 @@ results, so that Snakemake reruns it. `surf.describe` makes the documentation of
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from surf import yamlfile
 from surf.errors import SurfError
 from surf.methods import Evaluate
 from surf.modelsettings import Embed as Embed  # the name of a section stands here, wherever it is made
@@ -100,6 +100,8 @@ class Retrieve(Section):
 
 class Reanswer(Section):
     """Answers to the wrongly answered rounds, and to some others, once with each reference, in order of similarity."""
+
+    version: ClassVar[int] = 2
 
     references: Positive = Field(default=10, le=100, description="References tried for a round, at most.")
     stop_early: bool = Field(
@@ -259,11 +261,16 @@ class Config(BaseModel):
         one = self.variants[name]
         if one.finetune.keys() & {"nodes"}:
             raise ValueError(f"variants.{name}.finetune.nodes: all fine-tunes run on finetune.nodes nodes")
-        try:
-            pair = Pair.model_validate({**self.pair.model_dump(), **one.pair})
-            return pair, Finetune.model_validate({**self.finetune.model_dump(), **one.finetune})
-        except ValidationError as error:
-            raise ValueError("\n  ".join(f"variants.{name}.{line.strip()}" for line in explain(error).splitlines())) from None
+        made: list[Any] = []
+        wrong: list[str] = []
+        for section, own, changes in (("pair", self.pair, one.pair), ("finetune", self.finetune, one.finetune)):
+            try:
+                made.append(type(own).model_validate(_merged(own.model_dump(), changes)))
+            except ValidationError as error:
+                wrong += [f"variants.{name}.{section}.{line.strip()}" for line in explain(error).splitlines()]
+        if wrong:
+            raise ValueError("\n  ".join(wrong))
+        return made[0], made[1]
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -282,18 +289,21 @@ def parse(values: dict[str, Any], source: str = "config.yaml") -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise SurfError(explain(error), where=source, next=f"edit {source}; docs/usage.md lists every key") from None
+        raise SurfError(explain(error), where=source, next=f"edit {source}; docs/config.md lists every key") from None
 
 
 def load(path: str | Path) -> Config:
     """Read a YAML file; see `parse`."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SurfError(f"cannot be read: {error}", where=str(path), expected="a YAML file") from None
+    values = yamlfile.read(path)
     if not isinstance(values, dict):
         raise SurfError("is no mapping of keys to values", where=str(path), expected="sections such as `embed:`")
     return parse(values, str(path))
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """`old` with the keys of `new`, also of sections within sections."""
+    both = {key: _merged(old[key], new[key]) for key in new if isinstance(new[key], dict) and isinstance(old.get(key), dict)}
+    return {**old, **new, **both}
 
 
 def explain(error: ValidationError) -> str:
@@ -306,7 +316,8 @@ def explain(error: ValidationError) -> str:
         elif item["type"] == "missing":
             lines.append(f"{key}: is missing")
         elif item["type"] == "value_error":
-            lines.append(str(item["ctx"]["error"]))
+            text = str(item["ctx"]["error"])
+            lines.append(text if text.startswith(key.split(".")[0]) else f"{key}: {text}")
         else:
             message = item["msg"][0].lower() + item["msg"][1:]
             lines.append(f"{key} = {_short(item['input'])}: {message}")

@@ -46,6 +46,9 @@ def fill(catalog: pa.Table, encoder: Encoder, partial: store.Partial) -> dict[st
     def save() -> None:
         nonlocal saved
         saved = time.monotonic()
+        for one in saves:  # a full disk is noticed now, not when all images are done
+            if one.done():
+                one.result()
         saves.append(writer.submit(_save, encoder, partial, pa.concat_tables(fresh).combine_chunks()))
         fresh.clear()
 

@@ -27,7 +27,7 @@ from surf import cli, config, methods, prompts, references, store, workers
 from surf.answer import unreadable
 from surf.errors import SurfError
 from surf.images import Images
-from surf.models import Request, Responder, load_responder
+from surf.models import Request, Responder, load_responder, request
 from surf.once import Once
 from surf.references import Shown
 from surf.tasks import KINDS
@@ -107,7 +107,7 @@ def answer(
         said = f"{suffix}\n{method.say}" if method.say else suffix
         texts = [row["question"] + (said if of else suffix) for row, of in zip(rows, pairs, strict=True)]
         return [
-            Request(prompts.from_options(text, row["image"], [ref for _, ref in of], lvlm, method.show))
+            request(text, row["image"], [ref for _, ref in of], lvlm, show=method.show)
             for text, row, of in zip(texts, rows, pairs, strict=True)
         ]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surf.errors import ImageError
-from surf.images import Images
+from surf.images import Images, too_large
 
 HEADS = (16_384, 262_144)  # bytes read from the beginning; the second only where a header is longer (large EXIF, ICC)
 _TASK = 512  # images that one process takes at a time
@@ -208,7 +208,7 @@ def _fine(read: _Read, max_pixels: int) -> bool:
         except Exception:  # Pillow's parsers raise many kinds
             continue
         end = _ENDS.get(image.format or "")
-        return end is not None and image.width * image.height <= max_pixels and read(-len(end), len(end)) == end
+        return end is not None and not too_large(image.width, image.height, max_pixels) and read(-len(end), len(end)) == end
     return False
 
 

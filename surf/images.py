@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _COCO = re.compile(r"(?:^|/)(?:COCO_(?:train|val|test)20\d\d_|(?:train|val|test|unlabeled)2017/)(\d{12})\.\w+$")
 _UNTIDY = re.compile(r"(?:^|/)\.?(?:/|\Z)")  # an empty step or "." in a path
 _CACHED_ROW_GROUPS = 4
+STRIP = 200  # times its width that an image may be high, or the other way round
 _ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 
 
@@ -126,8 +127,8 @@ class Images:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 image = Image.open(io.BytesIO(data))
-                if image.width * image.height > self.max_pixels:
-                    raise ImageError(f"{image.width}x{image.height} pixels, more pixels than images.max_pixels")
+                if what := too_large(image.width, image.height, self.max_pixels):
+                    raise ImageError(f"{image.width}x{image.height} pixels, {what}")
                 if draft is not None:
                     image.draft("RGB", draft[::-1])
                 image.load()
@@ -139,6 +140,20 @@ class Images:
         except Exception as error:  # Pillow's decoders raise many kinds: any of them means one unusable image
             what = str(error).partition(" <_io.")[0]  # an address would differ from run to run
             raise ImageError(f"cannot be decoded ({type(error).__name__}: {what})") from None
+
+
+def too_large(width: int, height: int, max_pixels: int) -> str:
+    """Why an image is refused before it is decoded; empty if it is not.
+
+    A long strip has few pixels, but many when it is padded to a square, or resized until its short side is as long as a model
+    wants.
+    """
+    if width * height > max_pixels:
+        return "more pixels than images.max_pixels"
+    long, short = max(width, height), min(width, height)
+    if long > STRIP * short or long * long > 4 * max_pixels:
+        return "so long a strip that a square around it has too many pixels"
+    return ""
 
 
 class _Folder:

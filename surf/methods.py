@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from surf.sections import WORKFLOW, Name, Positive, Section, Share, Word
 
@@ -59,9 +59,9 @@ class Method(Section):
         known = type(self).model_fields
         changed = [key for key in ("source", "order", "show", "say") if getattr(self, key) != known[key].default]
         if not self.references and choosing + changed:
-            raise ValueError(f"evaluate.methods: {', '.join(choosing + changed)} without references")
+            raise ValueError(f"{', '.join(choosing + changed)} without references")
         if self.source != "retrieved" and set(choosing) & {"rerank", "keep"}:
-            raise ValueError(f"evaluate.methods: rerank and keep choose among retrieved references, not {self.source} ones")
+            raise ValueError(f"rerank and keep choose among retrieved references, not {self.source} ones")
         return self
 
 
@@ -89,6 +89,8 @@ class Sweeps(Section):
 
 class Evaluate(Section):
     """Evaluation: every method on every task, in one table."""
+
+    version: ClassVar[int] = 2
 
     tasks: dict[Word, EvaluationTask] = Field(json_schema_extra=WORKFLOW, default={}, description="Tasks by name.")
     methods: dict[Word, Method] = Field(
@@ -121,7 +123,11 @@ class Evaluate(Section):
             changes = [(f"k{k}", {"references": k}) for k in self.sweeps.k]
             changes += [(value, {key: value}) for key in ("source", "order", "show") for value in getattr(self.sweeps, key)]
             for word, change in changes:
-                varied = Method.model_validate({**base.model_dump(), **change})
+                try:
+                    varied = Method.model_validate({**base.model_dump(), **change})
+                except ValidationError as error:
+                    what = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise ValueError(f"evaluate.sweeps: {name}@{word}: {what}") from None
                 if varied not in made.values():
                     made[f"{name}@{word}"] = varied
         return made

@@ -4,8 +4,10 @@ The original resized and cropped images when it answered but padded them to squa
 `encode`. How many tokens an image takes is the processor's business alone: it is asked, with a blank image of the same size.
 """
 
+import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,11 @@ from surf.errors import SurfError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from surf.images import Images
+    from surf.models import Request
+
+log = logging.getLogger("surf")
+CHARS = 3  # of a token, at least, in most languages
 # A fast tokenizer keeps its padding as a state, which another thread's call would change between two steps of this one's.
 _TOKENIZER = threading.Lock()
 
@@ -203,9 +210,54 @@ def answered(
 ) -> tuple[list[str], list[list[int]], list[int]]:
     """(chats closed with the gold answer, their `tokens`, how many of these are the answer and its end token)."""
     before = tokens(processor, [prompts.chat(processor, prompt) for prompt in asked])
-    whole = [with_end(processor, prompts.chat(processor, prompt, gold)) for prompt, gold in zip(asked, golds, strict=True)]
+    texts = [prompts.chat(processor, prompt, prompts.clean(gold)) for prompt, gold in zip(asked, golds, strict=True)]
+    whole = [with_end(processor, text) for text in texts]
     ids = tokens(processor, whole)
     return whole, ids, [len(own) - len(first) for own, first in zip(ids, before, strict=True)]
+
+
+def fitted(
+    processor: Any, requests: Sequence["Request"], lvlm: Lvlm, images: "Images", context: int, new: int
+) -> tuple[list["Request"], list[str], list[list[int]]]:
+    """(the requests, their rendered chats, the `tokens` of these).
+
+    Captions of those that do not fit into the model's context are cut to half, and half again; a question never is.
+
+    Args:
+        context: tokens that the model was made for.
+        new: tokens of the answer, at most.
+    """
+
+    def length(request: "Request", ids: Sequence[int]) -> int:
+        return len(ids) + prompt_image_tokens(processor, request.prompt.images, lvlm, images) + new
+
+    made = list(requests)
+    texts = [prompts.chat(processor, request.prompt) for request in made]
+    ids = tokens(processor, texts)
+    cut = long = 0
+    for row, request in enumerate(made):
+        chars, fits = lvlm.caption_chars, length(request, ids[row]) <= context
+        cut += not fits and request.shorter is not None
+        while not fits and chars and request.shorter:
+            chars //= 2
+            made[row] = replace(request, prompt=request.shorter(chars))
+            texts[row] = prompts.chat(processor, made[row].prompt)
+            ids[row] = token_ids(processor, texts[row])
+            fits = length(made[row], ids[row]) <= context
+        long += not fits
+    if cut:
+        log.info("captions of %d prompts were cut further, to fit into the model's %d tokens", cut, context)
+    if long:
+        log.warning("%d prompts do not fit into the model's %d tokens: their answers mean little", long, context)
+    return made, texts, ids
+
+
+def prompt_image_tokens(processor: Any, names: Sequence[str], lvlm: Lvlm, images: "Images") -> int:
+    """Tokens of a prompt's images, less one tag each."""
+    if adapters.of(processor).fixed:
+        return len(names) * (image_tokens(processor, lvlm) - 1)
+    sizes = [images.size(name) for name in names]
+    return sum(image_tokens(processor, lvlm, size, len(names) == 1) - 1 for size in sizes)
 
 
 def end_id(processor: Any) -> int:

@@ -18,17 +18,22 @@ def settle(path: Path, errors: Mapping[str, str], *, dataset: str, stage: str, t
         total: rows or images that the stage looked at.
 
     Raises:
-        SurfError: more than `max_bad_share` of them are bad; names the first few.
+        SurfError: more than `max_bad_share` of them are bad. It names the first few; all of them stand in a text file beside
+            `path`, since Snakemake removes what a failed job declared.
     """
-    if errors:
-        log.warning("%d of %d %s in quarantine, see %s", len(errors), total, dataset, path)
+    refused = path.with_suffix(".refused.tsv")
+    refused.unlink(missing_ok=True)
     if len(errors) > max_bad_share * total:
+        refused.parent.mkdir(parents=True, exist_ok=True)
+        refused.write_text("".join(f"{key}\t{' '.join(error.split())}\n" for key, error in sorted(errors.items())))
         first = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:3])
         raise SurfError(
             f"{len(errors)} of {total} rows are unusable ({first})",
             where=dataset,
             expected=f"at most a share of {max_bad_share} (images.max_bad_share)",
-            next="mend the data, or raise images.max_bad_share in config.yaml",
+            next=f"see {refused}; mend the data, or raise images.max_bad_share in config.yaml",
         )
+    if errors:
+        log.warning("%d of %d %s in quarantine, see %s", len(errors), total, dataset, path)
     rows = [{"dataset": dataset, "key": key, "stage": stage, "error": error} for key, error in sorted(errors.items())]
     store.write_table(path, store.table_of(rows, "quarantine"), "quarantine")

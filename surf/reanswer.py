@@ -57,8 +57,10 @@ def reanswer(
         """Ask each round about its next reference."""
         asked = [(one.row, one.rank, *references[one.row["image"]][one.rank]) for one in active]
         bad = unreadable(images, (name for row, _, _, ref in asked for name in (ref.image, row["image"])))
-        errors.update({f"{row['round_id']}#{rank}": bad[ref.image] for row, rank, _, ref in asked if ref.image in bad})
-        asked = [one for one in asked if one[3].image not in bad and one[0]["image"] not in bad]
+        for row, rank, _, ref in asked:
+            if error := bad.get(ref.image) or bad.get(row["image"]):
+                errors[f"{row['round_id']}#{rank}"] = error
+        asked = [one for one in asked if f"{one[0]['round_id']}#{one[1]}" not in errors]
         rows = respond([one for one in asked if (one[0]["round_id"], one[1]) not in done], responder, lvlm, answer, seed)
         partial.save(store.table_of(rows, "reanswers"))
         done.update({(row["round_id"], row["rank"]): row for row in rows})
@@ -102,6 +104,7 @@ def _turns(again: Sequence[Row], left: Callable[[_Round], bool], size: int) -> I
         lots[number % 2] = lot
         if not any(lots):
             return
+        cli.stop_if_asked()  # a full lot asks `coming` for nothing
         yield lot
 
 

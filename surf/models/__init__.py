@@ -1,14 +1,14 @@
 """What the stages need of a model. Loading one is the business of `clip`, `lvlm` and `vllm`."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from surf import config
 from surf.images import Images
-from surf.prompts import Prompt
+from surf.prompts import Prompt, Reference, from_options
 from surf.telemetry import Meter
 
 
@@ -18,12 +18,32 @@ class Request:
 
     `seed` (64 bits) drives the row's own random numbers when the temperature is above 0; derive it with
     `surf.shards.stable_hash(seed, round_id, rank)` so that no batch, shard or device changes it. `guess` is a guess at the
-    tokens that the answer takes, 0 for none: it orders the work and changes no answer.
+    tokens that the answer takes, 0 for none: it orders the work and changes no answer. `shorter` makes the same prompt with
+    captions of at most so many characters, for a model whose context is too short.
     """
 
     prompt: Prompt
     seed: int = 0
     guess: int = 0
+    shorter: Callable[[int], Prompt] | None = field(default=None, compare=False, repr=False)
+
+
+def request(
+    question: str,
+    image: str,
+    references: Sequence[Reference],
+    lvlm: config.Lvlm,
+    *,
+    show: str = "both",
+    seed: int = 0,
+    guess: int = 0,
+) -> Request:
+    """One prompt with the settings of the config's section, whose captions can be cut to fit into the model's context."""
+
+    def shorter(chars: int) -> Prompt:
+        return from_options(question, image, references, lvlm.model_copy(update={"caption_chars": chars}), show)
+
+    return Request(from_options(question, image, references, lvlm, show), seed, guess, shorter if references else None)
 
 
 class Encoder(Protocol):

@@ -4,6 +4,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 THREADS = 8  # one 640x480 JPEG takes some 10 ms of one core; a GPU takes fewer than 200 images a second
@@ -21,10 +22,19 @@ class Ahead:
 
     No more work is begun until `fill` says so, or a name is asked for that is not at work: the caller chooses a time at which
     it does not need Python itself.
+
+    Args:
+        unless: says of a name, when its turn comes, that nobody will ask for it.
     """
 
-    def __init__(self, threads: ThreadPoolExecutor, work: Callable[[str], Any], names: Iterable[str]) -> None:
-        self.threads, self.work = threads, work
+    def __init__(
+        self,
+        threads: ThreadPoolExecutor,
+        work: Callable[[str], Any],
+        names: Iterable[str],
+        unless: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.threads, self.work, self.unless = threads, work, unless
         self.waiting = deque(dict.fromkeys(names))
         self.running: dict[str, Future[Any]] = {}
         self.fill()
@@ -33,14 +43,21 @@ class Ahead:
         """The result for `name`; raises what `work` raised."""
         if name not in self.running:
             self.fill()
-        future = self.running.pop(name, None) or self.threads.submit(self.work, name)
-        return future.result()
+        if future := self.running.pop(name, None):
+            with suppress(Exception):  # what failed then, for want of memory, need not fail now
+                return future.result()
+        return self.threads.submit(self.work, name).result()
+
+    def drop(self, name: str) -> None:
+        """Forget a name that nobody will ask for: it makes room for another one."""
+        if future := self.running.pop(name, None):
+            future.cancel()
 
     def fill(self) -> None:
         """Begin with the next names, as many as may be ahead."""
         while self.waiting and len(self.running) < AHEAD:
             name = self.waiting.popleft()
-            if name not in self.running:
+            if name not in self.running and not self.unless(name):
                 self.running[name] = self.threads.submit(self.work, name)
 
     def close(self) -> None:

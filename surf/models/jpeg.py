@@ -8,6 +8,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from surf.images import too_large
+
 _EXIF_ORIENTATION = 0x0112
 _END = b"\xff\xd9"
 
@@ -34,7 +36,7 @@ def suits(data: bytes, max_pixels: int) -> bool:
     try:
         image = Image.open(io.BytesIO(data))
         upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        return image.mode in ("L", "RGB") and upright and image.width * image.height <= max_pixels
+        return image.mode in ("L", "RGB") and upright and not too_large(image.width, image.height, max_pixels)
     except Exception:  # Pillow will say what is wrong with it
         return False
 

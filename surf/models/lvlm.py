@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from surf import adapters, config, processing, prompts
+from surf import config, processing
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, decode, prefix
@@ -70,8 +70,7 @@ class Lvlm:
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
-        texts = [prompts.chat(self.processor, request.prompt) for request in requests]
-        ids = processing.tokens(self.processor, texts)
+        requests, texts, ids = self._fitted(requests, max_new_tokens)
         answers = [""] * len(requests)
 
         def plain(rows: Sequence[int]) -> list[str]:
@@ -89,6 +88,7 @@ class Lvlm:
 
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """See `surf.models.Responder`."""
+        requests, *_ = self._fitted(requests, max(map(len, golds), default=0) // processing.CHARS)
         whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         values = [0.0] * len(requests)
 
@@ -152,8 +152,13 @@ class Lvlm:
             if pixels:
                 pixels.close()
 
+    def _fitted(self, requests: Sequence[Request], new: int) -> tuple[list[Request], list[str], list[list[int]]]:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+        return processing.fitted(self.processor, requests, self.options, self.images, context, new)
+
     def _length(self, request: Request, ids: Sequence[int], new_tokens: int) -> int:
-        return len(ids) + self._image_tokens(request.prompt.images) + new_tokens
+        images = processing.prompt_image_tokens(self.processor, request.prompt.images, self.options, self.images)
+        return len(ids) + images + new_tokens
 
     def _within_memory(self, work: Callable[[Any], list[Any]], batch: Sequence[Any], cost: int) -> list[Any] | None:
         """Run a batch; None if the device's memory does not suffice, after which batches are half as large for good."""
@@ -218,10 +223,3 @@ class Lvlm:
         pictures = [[self.images.open(name) for name in request.prompt.images] for request in requests]
         batch = processing.encode(self.processor, list(texts), pictures, padding_side=side, lvlm=self.options)
         return batch.to(self.model.device, dtype=self.model.dtype)
-
-    def _image_tokens(self, names: Sequence[str]) -> int:
-        """Tokens of a prompt's images, less one tag each."""
-        if adapters.of(self.processor).fixed:
-            return len(names) * (self.image_tokens - 1)
-        sizes = [self.images.size(name) for name in names]
-        return sum(processing.image_tokens(self.processor, self.options, size, len(names) == 1) - 1 for size in sizes)

@@ -88,8 +88,8 @@ class Shared:
 
     def ahead(self, groups: Sequence[Group]) -> Ahead:
         """Start to decode the images of `groups`; ask the result for the pixels of each."""
-        names = (name for one in groups for name in one.images)
-        return Ahead(self.threads, self._pixels, [name for name in names if name not in self.features])
+        names = [name for one in groups for name in one.images]
+        return Ahead(self.threads, self._pixels, names, self.features.__contains__)
 
     def generate(
         self,
@@ -213,6 +213,8 @@ class Shared:
         names = [name for one in batch for name in one.images]
         with self._clock("image"):
             new = {name: pixels(name) for name in dict.fromkeys(names) if name not in self.features}
+            for name in names:  # the other lane may have cached some meanwhile
+                pixels.drop(name)
         with self._clock("vision"):
             features = self.features(names, new)
         with self._clock("prefix"):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
-from surf import config, processing, prompts
+from surf import config, processing
 from surf.errors import SurfError
 from surf.images import Images
 from surf.models import Request, Responder, lvlm, parity
@@ -63,13 +63,14 @@ def load(options: config.Lvlm, images: Images, model: str | None = None, **more:
     name = model or options.model
     processor = processing.load_processor(options.model_copy(update={"model": name}))
     try:
-        context = AutoConfig.from_pretrained(name).get_text_config().max_position_embeddings
+        whole = AutoConfig.from_pretrained(name).get_text_config().max_position_embeddings
+        context = min(whole, options.batch_tokens)
         engine = LLM(
             **{
                 "model": name,
                 "load_format": "safetensors",  # a pickle could run code
                 "dtype": options.dtype,
-                "max_model_len": min(context, options.batch_tokens),
+                "max_model_len": context,
                 "max_num_batched_tokens": min(STEP_TOKENS, options.batch_tokens),
                 "max_num_seqs": options.batch_size,
                 "enable_prefix_caching": True,
@@ -85,13 +86,14 @@ def load(options: config.Lvlm, images: Images, model: str | None = None, **more:
             expected="a folder or a hub name with safetensors weights of a model that vLLM supports",
             next="see vLLM's own lines above, or set lvlm.engine: transformers",
         ) from error
-    return Vllm(engine, processor, images, options)
+    return Vllm(engine, processor, images, options, context)
 
 
 class Vllm:
     """A `Responder`. One of two threads prepares its prompts while the other one uses the model."""
 
-    def __init__(self, engine: Any, processor: Any, images: Images, options: config.Lvlm) -> None:
+    def __init__(self, engine: Any, processor: Any, images: Images, options: config.Lvlm, context: int) -> None:
+        self.context = context
         self.engine, self.processor, self.images, self.options = engine, processor, images, options
         self.end = processing.end_id(processor)
         self.lock = threading.Lock()
@@ -112,7 +114,7 @@ class Vllm:
         """See `surf.models.Responder`."""
         if not requests:
             return []
-        texts = [prompts.chat(self.processor, request.prompt) for request in requests]
+        requests, texts, _ = self._fitted(requests, max_new_tokens)
         wanted = [self.sampling(one, max_new_tokens, temperature) for one in requests]
         made = [list(output.outputs[0].token_ids) for output in self._run(requests, texts, wanted)]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)]
@@ -133,6 +135,7 @@ class Vllm:
         """See `surf.models.Responder`."""
         from vllm import SamplingParams
 
+        requests, *_ = self._fitted(requests, 1 + max(map(len, golds), default=0) // processing.CHARS)
         whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         wanted = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False) for _ in requests]
         means = []
@@ -140,6 +143,9 @@ class Vllm:
             scores = output.prompt_logprobs[-size:]  # of each place, a dictionary by token
             means.append(sum(at[token].logprob for at, token in zip(scores, own[-size:], strict=True)) / size)
         return means
+
+    def _fitted(self, requests: Sequence[Request], new: int) -> tuple[list[Request], list[str], list[list[int]]]:
+        return processing.fitted(self.processor, requests, self.options, self.images, self.context, new)
 
     def _run(self, requests: Sequence[Request], texts: Sequence[str], wanted: Sequence[Any]) -> list[Any]:
         """vLLM's output for each text. It starts on the first ones while the images of others are still decoded."""

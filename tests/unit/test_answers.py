@@ -1,12 +1,15 @@
 """First answers and re-answers, with a real transformers model of tiny size and random weights."""
 
+import logging
 import random
+import shutil
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from surf import cli, config, prompts, store
+from surf import cli, config, models, processing, prompts, store
 from surf.answer import answer
 from surf.errors import SurfError
 from surf.images import Images
@@ -302,6 +305,48 @@ def test_a_reference_that_vanished_goes_to_quarantine_and_the_next_is_asked(tmp_
         hidden.write_bytes(data)
     assert sorted(errors) == ["c0#0#1", "c2#0#1"]
     assert sorted({row["rank"] for row in store.rows(table)}) == [0, 2, 3, 4, 5]
+
+
+def test_a_round_whose_own_image_vanished_goes_to_quarantine(tmp_path, pictures):
+    gone = {row["image"] for row in store.rows(rounds(5))} - {"broken.png"}
+    elsewhere = tmp_path / "references"
+    shutil.copytree(pictures, elsewhere)
+    for name in gone:
+        (elsewhere / name).unlink()
+    table, errors = reask(tmp_path, elsewhere, Scripted(set()), stop_early=True, references=2)
+    assert table.num_rows == 0 and len(errors) == 3 * 2
+
+
+def test_a_signal_ends_reanswers_between_two_turns_of_one_lot(tmp_path, pictures, monkeypatch):
+    asked = []
+
+    class Signalled(Scripted):
+        def respond(self, requests, **options):
+            monkeypatch.setattr(cli, "_asked", [signal.SIGTERM])
+            asked.append(len(requests))
+            return super().respond(requests, **options)
+
+    with pytest.raises(cli.Stopped):
+        reask(tmp_path, pictures, Signalled(set()), stop_early=False, wrong=1)
+    assert len(asked) < 3  # of six turns
+
+
+def test_captions_are_cut_where_the_context_is_too_short(tiny_lvlm, pictures, responder, caplog, monkeypatch):
+    monkeypatch.setattr(responder.model.config.get_text_config(), "max_position_embeddings", 150)
+    captions = ("a red circle", "四" * 200)
+    asked = [models.request("What?", "3.png", [Reference("4.png", caption)], responder.options) for caption in captions]
+    seen = []
+    chat = prompts.chat
+    monkeypatch.setattr(prompts, "chat", lambda processor, prompt, *rest: seen.append(prompt) or chat(processor, prompt, *rest))
+    with caplog.at_level(logging.INFO, "surf"):
+        responder.respond(asked, max_new_tokens=4)
+    assert "captions of 1 prompts were cut further, to fit into the model's 150 tokens" in caplog.text
+    assert seen[0] == asked[0].prompt and 0 < seen[-1].text.count("四") < 200
+    length = len(processing.token_ids(responder.processor, chat(responder.processor, seen[-1]))) + 2 * 3 + 4
+    assert 75 < length <= 150
+    monkeypatch.setattr(responder.model.config.get_text_config(), "max_position_embeddings", 20)
+    responder.respond(asked[:1], max_new_tokens=4)
+    assert "1 prompts do not fit into the model's 20 tokens" in caplog.text
 
 
 def test_the_first_turns_of_reanswers_are_short():

@@ -77,7 +77,7 @@ def test_the_documentation_names_the_words_that_a_key_allows():
         (with_(evaluate={"methods": {"chance": {"model": "base"}}}), "this name is taken"),
         (with_(evaluate={"tasks": {"x": {"kind": "pope", "files": {"mean": "f"}}}}), "files.mean: this name is taken"),
         (with_(evaluate={"methods": {"x": {"model": "base", "references": 11}}}), "must not exceed retrieve.references"),
-        (with_(evaluate={"methods": {"x": {"model": "base", "gate": 0.5}}}), "gate without references"),
+        (with_(evaluate={"methods": {"x": {"model": "base", "gate": 0.5}}}), "evaluate.methods.x: gate without references"),
         (
             with_(evaluate={"methods": {"x": {"model": "base", "references": 1, "source": "random", "keep": 0.5}}}),
             "choose among retrieved references, not random ones",
@@ -85,8 +85,17 @@ def test_the_documentation_names_the_words_that_a_key_allows():
         (with_(evaluate={"tasks": {}}), "evaluate.tasks must name at least one task"),
         (with_(evaluate={"tasks": {"x": {"kind": "pope", "files": {"all": "f"}}}}), "this name is taken"),
         (with_(evaluate={"sweeps": {"of": ["zero-shot"]}}), "'zero-shot' is no method with references"),
+        (
+            with_(
+                evaluate={
+                    "methods": {"r": {"model": "base", "references": 1, "rerank": "caption"}},
+                    "sweeps": {"of": ["r"], "source": ["random"]},
+                }
+            ),
+            "evaluate.sweeps: r@random: rerank and keep choose",
+        ),
         (with_(variants={"tuned": {}}), "variants.tuned: this name is taken"),
-        (with_(variants={"x": {"pair": {"smaples": 1}}}), "variants.x.smaples = 1: there is no such key"),
+        (with_(variants={"x": {"pair": {"smaples": 1}}}), "variants.x.pair.smaples = 1: there is no such key"),
         (with_(variants={"x": {"finetune": {"nodes": 2}}}), "variants.x.finetune.nodes"),
         ({}, "catalog: is missing"),
     ],
@@ -96,6 +105,23 @@ def test_a_wrong_value_is_one_line_with_key_value_and_expectation(values, messag
         config.parse(values)
     lines = [line for line in str(error.value).splitlines() if message in line]
     assert len(lines) == 1
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("answer: {temperature: 0.5}\nsplit: {conversations: [s]}\nanswer: {max_new_tokens: 5}\n")
+    with pytest.raises(SurfError, match=r"the key 'answer' stands twice[\s\S]*line 3"):
+        config.load(path)
+
+
+def test_a_variant_changes_single_keys_of_a_section_within_its_section():
+    lora = {"rank": 8, "alpha": 16}
+    cfg = config.parse(with_(finetune={"lora": lora}, variants={"x": {"finetune": {"lora": {"rank": 4}}}}))
+    made = cfg.variant("x")[1].lora
+    assert (made.rank, made.alpha) == (4, 16)
+    with pytest.raises(SurfError) as error:
+        config.parse(with_(variants={"x": {"pair": {"ordr": 1}, "finetune": {"lerning_rate": 1}}}))
+    assert "variants.x.pair.ordr = 1" in str(error.value) and "variants.x.finetune.lerning_rate = 1" in str(error.value)
 
 
 def test_a_variant_is_the_main_fine_tune_but_for_its_keys():

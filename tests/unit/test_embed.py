@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -178,6 +180,29 @@ def test_embedding_goes_on_where_it_was_killed(clip_folder, pictures, tmp_path, 
     again, _ = embed(catalog(*names), Killed(), partial(tmp_path))
     assert again.equals(whole)
     assert asked.count("0.png") == 1 and asked.count("9.png") == 1
+
+
+def test_a_save_that_fails_ends_the_stage_before_the_last_image(clip_folder, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FLUSH", 1)
+    model = encoder(clip_folder, pictures, batch_size=1)
+    own, done = partial(tmp_path), []
+
+    def full(table):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Slow:
+        dim, meter = model.dim, model.meter
+
+        def stream(self, names):
+            for batch in model.stream(names):
+                done.append(batch)
+                time.sleep(0.05)
+                yield batch
+
+    monkeypatch.setattr(own, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        embed(catalog(*(f"{n}.png" for n in range(10))), Slow(), own)
+    assert len(done) < 10
 
 
 def test_an_image_that_is_neither_embedded_nor_bad_is_no_null(clip_folder, pictures, tmp_path):

@@ -73,6 +73,8 @@ def bomb():
         (b"<html>not found</html>", "cannot be decoded"),
         (png(size=(64, 64))[:60], "cannot be decoded"),
         (bomb(), "more pixels than images.max_pixels"),
+        (png(size=(201, 1)), "so long a strip"),
+        (png(size=(300, 30_000)), "so long a strip"),
     ],
 )
 def test_bad_files_are_image_errors(root, data, reason):

@@ -74,6 +74,14 @@ def test_a_share_of_different_answers_is_let_through():
     assert gate.respond(requests_of("abcd"), max_new_tokens=9) == ["odd", "b", "c", "d"]
 
 
+def test_one_of_very_few_prompts_may_differ():
+    gate, _, _ = gate_of(wrong="a", parity_limit=0.25)
+    assert gate.respond(requests_of("ab"), max_new_tokens=9) == ["odd", "b"]
+    strict, _, _ = gate_of(wrong="a", parity_limit=0.0)
+    with pytest.raises(SurfError, match="1 of 2"):
+        strict.respond(requests_of("ab"), max_new_tokens=9)
+
+
 def test_an_engine_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SurfError, match=r"vLLM is not installed.*next: pip install"):

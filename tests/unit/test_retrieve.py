@@ -151,10 +151,13 @@ def test_an_index_that_is_built_part_by_part_on_disk_equals_the_one_in_memory(tm
         patch.setattr(module, "write", lambda index, path: made.append(path.name) or write(index, path))
         disk, about = build_index(manifest, options, seed=0, out=tmp_path / "a/index.faiss")
     assert made == ["part-00001-of-00002.faiss"], "the first part had been finished before the kill"
+    with monkeypatch.context() as patch:  # killed after the merge, and before the index was written
+        patch.setattr(module, "write", lambda index, path: killed())
+        disk, about = build_index(manifest, options, seed=0, out=tmp_path / "a/index.faiss")
     write(disk, tmp_path / "a/index.faiss")
     del disk
     (tmp_path / "a").rename(tmp_path / "b")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["index.faiss", "index.ivfdata"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["_partial", "index.faiss", "index.ivfdata"]
     found = search.load(tmp_path / "b/index.faiss")
     assert found.ntotal == about["ntotal"] == 299
     for one, other in zip(found.search(vectors, 12), memory.search(vectors, 12), strict=True):
@@ -182,6 +185,9 @@ def test_index_errors(tmp_path):
         build_index(manifest, config.BuildIndex(), seed=0, out=tmp_path / "index.faiss")
     with pytest.raises(SurfError, match=r"build_index\.factory = 'Flta'"):
         build_index(manifest, config.BuildIndex(factory="Flta"), seed=0, out=tmp_path / "index.faiss")
+    few = embeddings(tmp_path / "few", unit(np.random.default_rng(4), 40))
+    with pytest.raises(SurfError, match=r"build_index\.factory = 'IVF64,Flat': FAISS cannot train it on 40 vectors"):
+        build_index(few, config.BuildIndex(factory="IVF64,Flat"), seed=0, out=tmp_path / "index.faiss")
 
 
 @settings(max_examples=25)

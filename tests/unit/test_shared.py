@@ -173,6 +173,25 @@ def test_images_ahead_wait_for_their_turn(monkeypatch):
     assert sorted(begun) == ["a", "b", "c", "d", "e"]
 
 
+def test_what_failed_ahead_is_tried_again_and_what_nobody_asks_for_makes_room(monkeypatch):
+    monkeypatch.setattr(features, "AHEAD", 2)
+    tries, known = [], {"c"}
+
+    def work(name):
+        tries.append(name)
+        if tries.count(name) == 1 and name == "a":
+            raise MemoryError
+        return name
+
+    with pool() as threads:
+        ahead = Ahead(threads, work, "abcde", known.__contains__)
+        assert ahead("a") == "a" and tries.count("a") == 2
+        ahead.drop("b")
+        ahead.fill()
+        assert ahead("d") + ahead("e") == "de"
+    assert sorted(tries) == ["a", "a", "b", "d", "e"]
+
+
 def test_groups_and_batches():
     image = 9
     assert prefix.split([1, 9, 2, 9, 3, 4], image) == ((1, 9, 2, 9), (3, 4))

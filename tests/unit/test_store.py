@@ -48,6 +48,21 @@ def test_a_torn_file_is_named_and_the_way_out_is_told(tmp_path, keep):
         store.read_table(path, "catalog")
 
 
+def test_the_manifest_of_a_torn_or_lost_part_goes_too_since_the_part_would_not_be_missed(tmp_path):
+    part, manifest = tmp_path / "part-00000-of-00001.parquet", tmp_path / "_manifest.json"
+    store.write_table(part, catalog(1, 2), "catalog", {"version": "1"})
+    merge.merge("catalog", [part], manifest)
+    part.write_bytes(part.read_bytes()[:50])
+    with pytest.raises(SurfError, match=f"next: rm {part} {manifest}, then your snakemake command again"):
+        store.read_table(manifest, "catalog")
+    part.unlink()
+    with pytest.raises(SurfError, match=f"no such file; next: rm {manifest}, then your snakemake command again"):
+        store.read_table(manifest, "catalog")
+    manifest.unlink()
+    with pytest.raises(SurfError, match="no such file; next: your snakemake command again"):
+        store.read_table(part, "catalog")
+
+
 def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     path = tmp_path / "a.txt"
     store.write_text(path, "old")
@@ -164,6 +179,10 @@ def test_quarantine_records_and_stops(tmp_path):
     assert [row["key"] for row in store.rows(store.read_table(path, "quarantine"))] == ["a", "b"]
     with pytest.raises(SurfError, match=r"2 of 10 rows are unusable \(b: torn; a: gone\).*images\.max_bad_share"):
         quarantine.settle(path, {"b": "torn", "a": "gone"}, dataset="answers", stage="answer", total=10, max_bad_share=0.1)
+    refused = path.with_suffix(".refused.tsv")
+    assert refused.read_text() == "a\tgone\nb\ttorn\n"
+    quarantine.settle(path, {"b": "torn"}, dataset="answers", stage="answer", total=10, max_bad_share=0.1)
+    assert not refused.exists()
 
 
 @given(st.integers(0, 1000), st.integers(1, 60))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_finetune import job, rows  # noqa: F401
 
-from surf import config, finetune, prompts, samples
+from surf import checkpoints, config, finetune, prompts, samples
 from surf.errors import SurfError
 from surf.models import fused
 from surf.processing import load_processor
@@ -262,6 +262,20 @@ def test_lora_merges_into_a_plain_folder_and_goes_on_after_a_kill(job, tmp_path,
         merged = AutoModelForImageTextToText.from_pretrained(out)(**ids).logits
         beside = AutoModelForImageTextToText.from_pretrained(alone["out"])(**ids).logits
     torch.testing.assert_close(beside, merged, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_takes_the_place_of_an_adapter(tmp_path):
+    """transformers takes a folder with an adapter's config for one."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors.index.json", "notes.txt"):
+        (tmp_path / name).write_text("old")
+
+    def save(folder):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("new")
+
+    checkpoints.publish(save, tmp_path, {"result": {"steps": 1}})
+    left = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert left == ["model.json", "model.safetensors", "notes.txt"]
 
 
 def test_qlora_quantises_the_language_model_alone_and_goes_on_after_a_kill(job, tmp_path, monkeypatch):  # noqa: F811

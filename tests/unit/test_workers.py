@@ -67,7 +67,7 @@ class Stage:
 
     def pids(self, count=2):
         """Of the workers, once all rows are saved."""
-        limit = time.monotonic() + 60
+        limit = time.monotonic() + 180
         while time.monotonic() < limit:
             found = [int(path.name.removeprefix("pid")) for path in self.folder.glob("pid*")]
             if len(found) == count:
