@@ -1,6 +1,6 @@
 """The config's section `evaluate`: tasks, methods, and sweeps that make methods from methods."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
