@@ -122,7 +122,7 @@ def footer(path: Path) -> tuple[pq.FileMetaData, dict[str, str]]:
     try:
         metadata = pq.read_metadata(path)
     except FileNotFoundError:
-        raise SurfError("there is no such file", where=str(path), next=AGAIN) from None
+        raise SurfError("there is no such file", where=str(path), next=_anew(path)) from None
     except (OSError, pa.ArrowException) as error:
         raise SurfError(f"is no whole Parquet file ({_first_line(error)})", where=str(path), next=_anew(path)) from None
     pairs = {k.decode(): v.decode() for k, v in (metadata.metadata or {}).items()}
@@ -135,7 +135,7 @@ def parts_of(manifest: Path, dataset: str | None = None) -> list[Path]:
     Raises:
         SurfError: no manifest, another dataset, or a part that is missing or differs.
     """
-    again = _anew(manifest) if manifest.exists() else AGAIN
+    again = _anew(manifest)
     content = read_json(manifest, expected="a manifest written by `merge`", next=again)
     if not isinstance(content, dict) or not content.keys() >= {"dataset", "parts"}:
         raise SurfError("is no manifest", where=str(manifest), expected="a manifest written by `merge`", next=again)
@@ -192,7 +192,9 @@ def _describe(schema: pa.Schema) -> str:
 
 
 def _anew(path: Path) -> str:
-    return f"rm {path}, then {AGAIN}"
+    """What to type so that `path` is made anew; with its manifest, beside which Snakemake would not miss a part."""
+    files = " ".join(str(file) for file in dict.fromkeys([path, path.with_name(MANIFEST)]) if file.exists())
+    return f"rm {files}, then {AGAIN}" if files else AGAIN
 
 
 def _first_line(error: Exception) -> str:

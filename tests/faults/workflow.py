@@ -117,9 +117,9 @@ class Attacked:
             while any(rule_of(words) == "finetune" for words in self.example.processes().values()):
                 time.sleep(0.5)
             return full
-        torn = re.findall(r"next: rm (\S+), then your snakemake command again", text)
+        torn = re.findall(r"next: rm (.+?), then your snakemake command again", text)
         if torn:
-            for name in torn:
+            for name in " ".join(torn).split():
                 (self.example.folder / name).unlink(missing_ok=True)
             return full
         if found := re.search(r"^next, just these:\n  snakemake (.*)$", text, re.M):
