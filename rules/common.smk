@@ -5,7 +5,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from surf import cli, yamlfile
+from surf import cli, sources, yamlfile
 from surf import config as schema
 from surf.errors import SurfError
 from surf.shards import part_names
@@ -106,4 +106,4 @@ def manifest(dataset):
 
 def source(paths):
     """Files that the user brings. One that is missing is left out, so that -n can show the DAG; see `check_sources`."""
-    return [path for path in paths if Path(path).exists() or cfg.demo]
+    return [path for path in paths if Path(path).exists() or sources.draws(cfg, path)]

@@ -27,11 +27,13 @@ class Images(Section):
         default=["."],
         description="Folders, or Parquet files with columns image (string) and bytes (binary), searched in this order.",
     )
-    max_pixels: Positive = Field(json_schema_extra=KNOB, default=100_000_000, description="Larger images are refused (pixels).")
+    max_pixels: Positive = Field(
+        json_schema_extra=KNOB, default=100_000_000, description="Larger images, and very long strips, are refused (pixels)."
+    )
     max_bad_share: Share = Field(
         json_schema_extra=KNOB,
         default=0.01,
-        description="Share of unreadable images or rows in one shard above which its stage stops.",
+        description="Share of unreadable images or rows in one shard (for split: of all conversations) above which its stage stops.",
     )
 
 
