@@ -33,7 +33,8 @@ class Images(Section):
     max_bad_share: Share = Field(
         json_schema_extra=KNOB,
         default=0.01,
-        description="Share of unreadable images or rows in one shard (for split: of all conversations) above which its stage stops.",
+        description="Share of unreadable images or rows in one shard (of all conversations, for split) above which a stage"
+        " stops.",
     )
 
 
