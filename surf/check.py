@@ -73,7 +73,7 @@ def check(
     if not drawn:
         checksettings.index(report, cfg, None)
         report.ok("example", f"is not drawn yet: the workflow draws it into {_demo(cfg)}/ first")
-        report.ok("next", "snakemake demo && python -m surf.check   looks at its images and questions, and makes the plan")
+        report.ok("next", "snakemake demo --cores all && python -m surf.check   looks at its images and questions, and plans")
         return None
     found = Found()
     _corpus(report, cfg, found)
