@@ -96,6 +96,7 @@ def sample(cfg: config.Config, folder: Path, *, repeats: int, images: int, round
     values["images"] = {**values["images"], "max_bad_share": 1.0, "roots": [_absolute(root) for root in cfg.images.roots]}
     values["finetune"]["save_steps"] = 10**9
     values["pair"]["mix"] = {}
+    values["build_index"]["factory"] = "auto"  # lists for the real corpus cannot be trained on a few images
     values["lvlm"]["model"] = _absolute(cfg.lvlm.model)
     values["score"]["bertscore_model"] = _absolute(cfg.score.bertscore_model)
     kind, local, path = cfg.embed.model.rpartition("local-dir:")

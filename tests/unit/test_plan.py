@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from surf import config, finished, plan, planevaluate, plantable, rates, schedule, store
+from surf import calibrate, config, finished, plan, planevaluate, plantable, rates, schedule, store
 from surf.errors import SurfError
 from surf.methods import Method
 
@@ -58,6 +58,14 @@ SIZES = plan.Sizes(dim=8, parameters=1000, trained=600)
 
 def lines(made):
     return {line.stage: line for line in made.lines}
+
+
+@pytest.mark.parametrize("factory", ["auto", "Flat", "IVF65536,SQ8"])
+def test_search_is_timed_with_every_kind_of_index(factory, monkeypatch):
+    cfg = made_up(build_index={"factory": factory}, embed={"model": "local-dir:surf/demo/models/clip"})
+    monkeypatch.setattr(calibrate, "_rows", lambda paths, what: [None] * 200)
+    (seconds,) = calibrate.search(cfg, 1).row.values
+    assert seconds > 0
 
 
 def test_rows_jobs_and_times_are_those_of_the_formula():
