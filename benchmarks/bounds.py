@@ -93,7 +93,7 @@ def parts(
         list(workers.lanes([requests], lambda rows: model.respond(rows, max_new_tokens=limit)))
     engine.timed = False
     work = products(model, requests, lengths)
-    rows = sum(groups * width for groups, width, _ in shapes) / len(shapes)
+    rows = sum(groups * width for groups, width, _ in shapes) / max(1, len(shapes))
     plan = {  # of each part: its name, the least seconds it could take, what bounds it
         "image": ("waiting for images", 0.0, ""),
         "vision": ("vision", work.vision / bound.flops, "products"),
@@ -111,7 +111,7 @@ def parts(
 
 
 def _line(name: str, seconds: float, least: float, by: str, whole: float) -> list[object]:
-    share = [1000 * least, f"{100 * least / seconds:.0f} %"] if least else ["", ""]
+    share = [1000 * least, f"{100 * least / seconds:.0f} %"] if least and seconds else ["", ""]
     return [name, 1000 * seconds, f"{100 * seconds / whole:.0f} %", *share, by]
 
 

@@ -15,7 +15,8 @@ shell.prefix(f"set -euo pipefail; export PATH={Path(sys.executable).parent}:$PAT
 
 try:
     for file in workflow.overwrite_configfiles or ["config.yaml"]:
-        yamlfile.read(Path(workflow.workdir_init, file))  # Snakemake lets a key stand twice
+        if Path(file).suffix != ".json":
+            yamlfile.read(Path(workflow.workdir_init, file))  # Snakemake lets a key stand twice
     cfg = schema.parse(dict(config), " ".join(map(str, workflow.overwrite_configfiles)) or "config.yaml")
 except SurfError as error:
     raise WorkflowError(str(error)) from None

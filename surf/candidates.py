@@ -19,7 +19,7 @@ import numpy as np
 from surf import cli, config, prompts, store
 from surf.evaluate import FLUSH_ROWS, check_images
 from surf.images import Images
-from surf.models import Request, Responder, load_responder, request
+from surf.models import Responder, load_responder, request
 from surf.reanswer import lookup
 from surf.references import candidates_of
 from surf.telemetry import Clock
@@ -41,7 +41,7 @@ def by_caption(asked: Sequence[Asked], encoder: Any) -> list[float]:
 
 def by_relevance(asked: Sequence[Asked], responder: Responder, lvlm: config.Lvlm) -> list[float]:
     """Log-odds of yes against no, each a mean over its tokens."""
-    requests = [Request(prompts.relevance(row["question"], row["image"], reference, lvlm)) for row, _, reference in asked]
+    requests = [request(prompts.relevance(row["question"]), row["image"], [reference], lvlm) for row, _, reference in asked]
     yes, no = (responder.loglik(requests, [word] * len(requests)) for word in ("Yes", "No"))
     return [float(a - b) for a, b in zip(yes, no, strict=True)]
 

@@ -157,6 +157,8 @@ class Mix(Section):
 class Pair(Section):
     """Training samples: the most similar positive and the most similar negative reference of a round."""
 
+    version: ClassVar[int] = 2
+
     samples: Positive = Field(default=2000, description="Training samples, at most (the original's default).")
     order: Literal["shuffled", "positive_first"] = Field(
         default="shuffled", description="positive_first is the original's fixed order: it teaches to trust number one."
@@ -181,7 +183,9 @@ class Variant(Section):
     """A further fine-tune, as a control: keys of `pair` and `finetune` that differ from the main one."""
 
     pair: dict[str, Any] = Field(json_schema_extra=WORKFLOW, default={}, description="Keys of `pair` that differ.")
-    finetune: dict[str, Any] = Field(json_schema_extra=WORKFLOW, default={}, description="Keys of `finetune` that differ.")
+    finetune: dict[str, Any] = Field(
+        json_schema_extra=WORKFLOW, default={}, description="Keys of `finetune` that differ; of `lora` its keys."
+    )
 
 
 class Report(Section):
@@ -268,7 +272,10 @@ class Config(BaseModel):
         wrong: list[str] = []
         for section, own, changes in (("pair", self.pair, one.pair), ("finetune", self.finetune, one.finetune)):
             try:
-                made.append(type(own).model_validate(_merged(own.model_dump(), changes)))
+                values = {**own.model_dump(), **changes}
+                if isinstance(lora := changes.get("lora"), dict):
+                    values["lora"] = {**own.model_dump()["lora"], **lora}
+                made.append(type(own).model_validate(values))
             except ValidationError as error:
                 wrong += [f"variants.{name}.{section}.{line.strip()}" for line in explain(error).splitlines()]
         if wrong:
@@ -301,12 +308,6 @@ def load(path: str | Path) -> Config:
     if not isinstance(values, dict):
         raise SurfError("is no mapping of keys to values", where=str(path), expected="sections such as `embed:`")
     return parse(values, str(path))
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`old` with the keys of `new`, also of sections within sections."""
-    both = {key: _merged(old[key], new[key]) for key in new if isinstance(new[key], dict) and isinstance(old.get(key), dict)}
-    return {**old, **new, **both}
 
 
 def explain(error: ValidationError) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surf.models import Request
 
 log = logging.getLogger("surf")
-CHARS = 3  # of a token, at least, in most languages
+LONGEST = 32_768  # tokens of a prompt with its answer: an engine sets memory aside for one such
 # A fast tokenizer keeps its padding as a state, which another thread's call would change between two steps of this one's.
 _TOKENIZER = threading.Lock()
 
@@ -217,39 +217,58 @@ def answered(
 
 
 def fitted(
-    processor: Any, requests: Sequence["Request"], lvlm: Lvlm, images: "Images", context: int, new: int
+    processor: Any, requests: Sequence["Request"], lvlm: Lvlm, images: "Images", context: int, new: Sequence[int]
 ) -> tuple[list["Request"], list[str], list[list[int]]]:
     """(the requests, their rendered chats, the `tokens` of these).
 
     Captions of those that do not fit into the model's context are cut to half, and half again; a question never is.
 
     Args:
-        context: tokens that the model was made for.
-        new: tokens of the answer, at most.
+        context: tokens that the model takes, see `context_of`.
+        new: tokens of each answer, at most.
+
+    Raises:
+        SurfError: a prompt does not fit without any caption.
     """
 
-    def length(request: "Request", ids: Sequence[int]) -> int:
-        return len(ids) + prompt_image_tokens(processor, request.prompt.images, lvlm, images) + new
+    def rendered(prompt: prompts.Prompt) -> tuple[str, list[int], int]:
+        """Text, ids, and their number with all images."""
+        text = prompts.chat(processor, prompt)
+        own = token_ids(processor, text)
+        return text, own, len(own) + prompt_image_tokens(processor, prompt.images, lvlm, images)
 
     made = list(requests)
     texts = [prompts.chat(processor, request.prompt) for request in made]
     ids = tokens(processor, texts)
-    cut = long = 0
+    cut = 0
     for row, request in enumerate(made):
-        chars, fits = lvlm.caption_chars, length(request, ids[row]) <= context
-        cut += not fits and request.shorter is not None
-        while not fits and chars and request.shorter:
+        room, chars = context - new[row], lvlm.caption_chars
+        length = len(ids[row]) + prompt_image_tokens(processor, request.prompt.images, lvlm, images)
+        while length > room:
+            if not chars or not request.shorter:
+                raise SurfError(
+                    f"it takes {length} tokens without captions, and its answer up to {new[row]}",
+                    where=f"the prompt of {request.prompt.images[-1:]}, {request.prompt.text[-80:]!r}",
+                    expected=f"at most {context} together, which is the model's context",
+                    next="show fewer references (evaluate.methods), lower max_new_tokens, or leave that row out of the data",
+                )
             chars //= 2
             made[row] = replace(request, prompt=request.shorter(chars))
-            texts[row] = prompts.chat(processor, made[row].prompt)
-            ids[row] = token_ids(processor, texts[row])
-            fits = length(made[row], ids[row]) <= context
-        long += not fits
+            texts[row], ids[row], length = rendered(made[row].prompt)
+        cut += made[row] is not request
     if cut:
         log.info("captions of %d prompts were cut further, to fit into the model's %d tokens", cut, context)
-    if long:
-        log.warning("%d prompts do not fit into the model's %d tokens: their answers mean little", long, context)
     return made, texts, ids
+
+
+def answer_tokens(processor: Any, golds: Sequence[str]) -> list[int]:
+    """Tokens of each answer with its end; one more for what may join at its beginning."""
+    return [len(ids) + 2 for ids in tokens(processor, [prompts.clean(gold) for gold in golds])]
+
+
+def context_of(network: Any) -> int:
+    """Tokens that a model takes, from its config; of very long contexts a part that suffices."""
+    return min(getattr(network.get_text_config(), "max_position_embeddings", LONGEST), LONGEST)
 
 
 def prompt_image_tokens(processor: Any, names: Sequence[str], lvlm: Lvlm, images: "Images") -> int:

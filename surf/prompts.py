@@ -112,16 +112,15 @@ def from_options(question: str, image: str, references: Sequence[Reference], lvl
     )
 
 
-def relevance(question: str, image: str, reference: Reference, lvlm: Any) -> Prompt:
+def relevance(question: str) -> str:
     """Asks the model itself whether a reference is relevant to a question, to be answered with yes or no.
 
     The idea is RagVL's pointwise reranker (Chen et al. 2024, arXiv 2407.21439); the words are ours.
     """
-    asked = (
+    return (
         f"Would the retrieved image-caption pair help to answer the following question about the last image?\n"
         f"{question}\nAnswer with yes or no."
     )
-    return from_options(asked, image, [reference], lvlm)
 
 
 def clean(text: str) -> str:

@@ -1,10 +1,11 @@
 """Rows that could not be used: written down, counted, and too many of them stop the run."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from surf import store
+from surf import files, store
 from surf.errors import SurfError
 
 log = logging.getLogger("surf")
@@ -24,8 +25,8 @@ def settle(path: Path, errors: Mapping[str, str], *, dataset: str, stage: str, t
     refused = path.with_suffix(".refused.tsv")
     refused.unlink(missing_ok=True)
     if len(errors) > max_bad_share * total:
-        refused.parent.mkdir(parents=True, exist_ok=True)
-        refused.write_text("".join(f"{key}\t{' '.join(error.split())}\n" for key, error in sorted(errors.items())))
+        lines = [f"{json.dumps(key)[1:-1]}\t{json.dumps(error)[1:-1]}\n" for key, error in sorted(errors.items())]
+        files.write_text(refused, "".join(lines))
         first = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:3])
         raise SurfError(
             f"{len(errors)} of {total} rows are unusable ({first})",

@@ -15,9 +15,11 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen = set()
     for key, _ in node.value:
-        if key.value in seen and key.value != "<<":
+        if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        if (key.tag, key.value) in seen:
             raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-        seen.add(key.value)
+        seen.add((key.tag, key.value))
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 

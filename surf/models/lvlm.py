@@ -70,7 +70,7 @@ class Lvlm:
 
     def respond(self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float = 0.0) -> list[str]:
         """See `surf.models.Responder`."""
-        requests, texts, ids = self._fitted(requests, max_new_tokens)
+        requests, texts, ids = self._fitted(requests, [max_new_tokens] * len(requests))
         answers = [""] * len(requests)
 
         def plain(rows: Sequence[int]) -> list[str]:
@@ -88,7 +88,7 @@ class Lvlm:
 
     def loglik(self, requests: Sequence[Request], golds: Sequence[str]) -> list[float]:
         """See `surf.models.Responder`."""
-        requests, *_ = self._fitted(requests, max(map(len, golds), default=0) // processing.CHARS)
+        requests, *_ = self._fitted(requests, processing.answer_tokens(self.processor, golds))
         whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         values = [0.0] * len(requests)
 
@@ -152,8 +152,8 @@ class Lvlm:
             if pixels:
                 pixels.close()
 
-    def _fitted(self, requests: Sequence[Request], new: int) -> tuple[list[Request], list[str], list[list[int]]]:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31)
+    def _fitted(self, requests: Sequence[Request], new: Sequence[int]) -> tuple[list[Request], list[str], list[list[int]]]:
+        context = processing.context_of(self.model.config)
         return processing.fitted(self.processor, requests, self.options, self.images, context, new)
 
     def _length(self, request: Request, ids: Sequence[int], new_tokens: int) -> int:

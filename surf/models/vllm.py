@@ -63,8 +63,7 @@ def load(options: config.Lvlm, images: Images, model: str | None = None, **more:
     name = model or options.model
     processor = processing.load_processor(options.model_copy(update={"model": name}))
     try:
-        whole = AutoConfig.from_pretrained(name).get_text_config().max_position_embeddings
-        context = min(whole, options.batch_tokens)
+        context = processing.context_of(AutoConfig.from_pretrained(name))
         engine = LLM(
             **{
                 "model": name,
@@ -114,7 +113,7 @@ class Vllm:
         """See `surf.models.Responder`."""
         if not requests:
             return []
-        requests, texts, _ = self._fitted(requests, max_new_tokens)
+        requests, texts, _ = self._fitted(requests, [max_new_tokens] * len(requests))
         wanted = [self.sampling(one, max_new_tokens, temperature) for one in requests]
         made = [list(output.outputs[0].token_ids) for output in self._run(requests, texts, wanted)]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)]
@@ -135,7 +134,7 @@ class Vllm:
         """See `surf.models.Responder`."""
         from vllm import SamplingParams
 
-        requests, *_ = self._fitted(requests, 1 + max(map(len, golds), default=0) // processing.CHARS)
+        requests, *_ = self._fitted(requests, [size + 1 for size in processing.answer_tokens(self.processor, golds)])
         whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         wanted = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False) for _ in requests]
         means = []
@@ -144,7 +143,7 @@ class Vllm:
             means.append(sum(at[token].logprob for at, token in zip(scores, own[-size:], strict=True)) / size)
         return means
 
-    def _fitted(self, requests: Sequence[Request], new: int) -> tuple[list[Request], list[str], list[list[int]]]:
+    def _fitted(self, requests: Sequence[Request], new: Sequence[int]) -> tuple[list[Request], list[str], list[list[int]]]:
         return processing.fitted(self.processor, requests, self.options, self.images, self.context, new)
 
     def _run(self, requests: Sequence[Request], texts: Sequence[str], wanted: Sequence[Any]) -> list[Any]:

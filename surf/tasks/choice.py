@@ -102,7 +102,7 @@ def chosen(response: str, choices: Sequence[str] | None) -> str | None:
     from surf.metrics import letter
 
     said = _plain(response)
-    alike = [place for place, text in enumerate(choices or ()) if len(said) > 1 and _plain(text) == said]
+    alike = [place for place, text in enumerate(choices or ()) if " " in said and _plain(text) == said]
     if len(alike) == 1:
         return ascii_uppercase[alike[0]]
     found = letter(response)
@@ -112,8 +112,8 @@ def chosen(response: str, choices: Sequence[str] | None) -> str | None:
     return None if place is None else ascii_uppercase[place]
 
 
-def _plain(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(" .")
 
 
 def named(response: str, names: Sequence[str]) -> int | None:

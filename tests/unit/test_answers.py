@@ -345,8 +345,19 @@ def test_captions_are_cut_where_the_context_is_too_short(tiny_lvlm, pictures, re
     length = len(processing.token_ids(responder.processor, chat(responder.processor, seen[-1]))) + 2 * 3 + 4
     assert 75 < length <= 150
     monkeypatch.setattr(responder.model.config.get_text_config(), "max_position_embeddings", 20)
-    responder.respond(asked[:1], max_new_tokens=4)
-    assert "1 prompts do not fit into the model's 20 tokens" in caplog.text
+    with pytest.raises(SurfError, match=r"takes \d+ tokens without captions.*at most 20 together.*fewer references"):
+        responder.respond(asked[:1], max_new_tokens=4)
+
+
+def test_how_far_captions_are_cut_for_a_gold_answer_is_the_row_s_own_business(tiny_lvlm, responder, caplog, monkeypatch):
+    monkeypatch.setattr(responder.model.config.get_text_config(), "max_position_embeddings", 120)
+    reference = Reference("4.png", "a red circle beside a blue square " * 4)
+    asked = [models.request("What?", "3.png", [reference], responder.options)] * 2
+    alone, beside = responder.loglik(asked[:1], ["red"]), responder.loglik(asked, ["red", "a long answer " * 3])
+    assert beside[0] == pytest.approx(alone[0], abs=1e-5)
+    with caplog.at_level(logging.INFO, "surf"):
+        responder.loglik(asked, ["red", "a long answer " * 3])
+    assert "captions of" in caplog.text
 
 
 def test_the_first_turns_of_reanswers_are_short():

@@ -119,6 +119,8 @@ def test_a_variant_changes_single_keys_of_a_section_within_its_section():
     cfg = config.parse(with_(finetune={"lora": lora}, variants={"x": {"finetune": {"lora": {"rank": 4}}}}))
     made = cfg.variant("x")[1].lora
     assert (made.rank, made.alpha) == (4, 16)
+    own = {"pair": {"mix": {"positive_only": 0.3}}, "variants": {"x": {"pair": {"mix": {"negative_only": 0.8}}}}}
+    assert config.parse(with_(**own)).variant("x")[0].mix == config.Mix(negative_only=0.8)  # a mix is one thing
     with pytest.raises(SurfError) as error:
         config.parse(with_(variants={"x": {"pair": {"ordr": 1}, "finetune": {"lerning_rate": 1}}}))
     assert "variants.x.pair.ordr = 1" in str(error.value) and "variants.x.finetune.lerning_rate = 1" in str(error.value)

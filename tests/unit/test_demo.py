@@ -345,5 +345,6 @@ def test_each_process_draws_scenes_of_its_own() -> None:
 
 
 def test_the_large_model_learns_to_judge_in_the_words_of_evaluation() -> None:
-    asked = prompts.relevance("What?", "q.png", prompts.Reference("r.png", "a cup"), config.Lvlm())
+    reference = prompts.Reference("r.png", "a cup")
+    asked = prompts.from_options(prompts.relevance("What?"), "q.png", [reference], config.Lvlm())
     assert asked.text.endswith(q.RELEVANCE.format("What?"))

@@ -181,6 +181,9 @@ def test_quarantine_records_and_stops(tmp_path):
         quarantine.settle(path, {"b": "torn", "a": "gone"}, dataset="answers", stage="answer", total=10, max_bad_share=0.1)
     refused = path.with_suffix(".refused.tsv")
     assert refused.read_text() == "a\tgone\nb\ttorn\n"
+    with pytest.raises(SurfError, match="1 of 1"):
+        quarantine.settle(path, {"a\tb\udc80": "no\nway"}, dataset="a", stage="answer", total=1, max_bad_share=0.1)
+    assert refused.read_text() == "a\\tb\\udc80\tno\\nway\n"
     quarantine.settle(path, {"b": "torn"}, dataset="answers", stage="answer", total=10, max_bad_share=0.1)
     assert not refused.exists()
 

@@ -452,6 +452,7 @@ def test_the_text_of_an_option_that_ends_with_a_letter_is_that_option():
     options = ["Point C", "Point A", "Point B", "Point D"]
     assert [chosen(f"{text}{end}", options) for end in ("", ".") for text in options] == list("ABCDABCD")
     assert chosen("A. Point C", options) == "A"
+    assert chosen("-3.5", ["3.5", "7.5"]) is None and chosen("A. dog", ["cat", "a dog"]) == "A"
 
 
 @FEW
