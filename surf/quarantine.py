@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surf import files, store
-from surf.errors import SurfError
+from surf.errors import SurfError, first_of
 
 log = logging.getLogger("surf")
 
@@ -27,9 +27,8 @@ def settle(path: Path, errors: Mapping[str, str], *, dataset: str, stage: str, t
     if len(errors) > max_bad_share * total:
         lines = [f"{json.dumps(key)[1:-1]}\t{json.dumps(error)[1:-1]}\n" for key, error in sorted(errors.items())]
         files.write_text(refused, "".join(lines))
-        first = "; ".join(f"{key}: {error}" for key, error in list(errors.items())[:3])
         raise SurfError(
-            f"{len(errors)} of {total} rows are unusable ({first})",
+            f"{len(errors)} of {total} rows are unusable ({first_of(errors)})",
             where=dataset,
             expected=f"at most a share of {max_bad_share} (images.max_bad_share)",
             next=f"see {refused}; mend the data, or raise images.max_bad_share in config.yaml",

@@ -113,9 +113,9 @@ class Vllm:
         """See `surf.models.Responder`."""
         if not requests:
             return []
-        requests, texts, _ = self._fitted(requests, [max_new_tokens] * len(requests))
+        requests, texts, ids = self._fitted(requests, [max_new_tokens] * len(requests))
         wanted = [self.sampling(one, max_new_tokens, temperature) for one in requests]
-        made = [list(output.outputs[0].token_ids) for output in self._run(requests, texts, wanted)]
+        made = [list(output.outputs[0].token_ids) for output in self._run(requests, texts, ids, wanted)]
         return [text.strip() for text in self.processor.tokenizer.batch_decode(made, skip_special_tokens=True)]
 
     def sampling(self, request: Request, max_new_tokens: int, temperature: float) -> Any:
@@ -138,7 +138,7 @@ class Vllm:
         whole, ids, sizes = processing.answered(self.processor, [request.prompt for request in requests], golds)
         wanted = [SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False) for _ in requests]
         means = []
-        for size, own, output in zip(sizes, ids, self._run(requests, whole, wanted), strict=True):
+        for size, own, output in zip(sizes, ids, self._run(requests, whole, ids, wanted), strict=True):
             scores = output.prompt_logprobs[-size:]  # of each place, a dictionary by token
             means.append(sum(at[token].logprob for at, token in zip(scores, own[-size:], strict=True)) / size)
         return means
@@ -146,9 +146,11 @@ class Vllm:
     def _fitted(self, requests: Sequence[Request], new: Sequence[int]) -> tuple[list[Request], list[str], list[list[int]]]:
         return processing.fitted(self.processor, requests, self.options, self.images, self.context, new)
 
-    def _run(self, requests: Sequence[Request], texts: Sequence[str], wanted: Sequence[Any]) -> list[Any]:
-        """vLLM's output for each text. It starts on the first ones while the images of others are still decoded."""
-        ids = processing.tokens(self.processor, texts)
+    def _run(
+        self, requests: Sequence[Request], texts: Sequence[str], ids: Sequence[Sequence[int]], wanted: Sequence[Any]
+    ) -> list[Any]:
+        """vLLM's output for each text, given with its `tokens`. It starts on the first ones while the images of others are
+        still decoded."""
         # neighbours share prefixes: they are found in the cache before others push them out
         order = sorted(range(len(requests)), key=lambda row: (requests[row].prompt.images, texts[row]))
         outputs: list[Any] = [None] * len(requests)

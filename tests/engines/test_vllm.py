@@ -16,7 +16,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # another process 
 
 import tiny
 
-from surf import config, models, prompts, store
+from surf import config, models, processing, prompts, store
 from surf.answer import answer
 from surf.errors import SurfError
 from surf.images import Images
@@ -83,9 +83,9 @@ def test_log_likelihoods_are_those_of_the_first_engine(plain, engine):
 def test_an_answer_stops_at_the_end_token(engine, monkeypatch):
     requests = requests_of(4)
     texts = [prompts.chat(engine.processor, one.prompt) for one in requests]
-    whole = [
-        list(made.outputs[0].token_ids) for made in engine._run(requests, texts, [engine.sampling(requests[0], 8, 0.0)] * 4)
-    ]
+    ids = processing.tokens(engine.processor, texts)
+    made = engine._run(requests, texts, ids, [engine.sampling(requests[0], 8, 0.0)] * 4)
+    whole = [list(one.outputs[0].token_ids) for one in made]
     assert [len(ids) for ids in whole] == [8] * 4
     monkeypatch.setattr(engine, "end", whole[0][3])
     short = whole[0][: whole[0].index(engine.end) + 1]
